@@ -1,0 +1,88 @@
+"""Lab 2 of 3: ONNX export with Optimum, ONNX Runtime dynamic INT8 on the CPU.
+
+    python lab04-optimum.py                      # about 25 seconds on two cores
+
+Reads lora-news/adapter (or --model) and writes quantised-model-optimum/: one ONNX file that any language with
+ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the exported FP32 graph beside it.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from lab04 import artefact, classifier, lab
+
+MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
+FP32_FILE = "model.onnx"
+
+
+def main() -> None:
+    parser = lab.argument_parser(__doc__, output="quantised-model-optimum")
+    parser.add_argument("--keep-fp32", action="store_true", help=f"also keep {FP32_FILE}, the unquantised graph")
+    arguments = parser.parse_args()
+
+    print("1. Load the merged FP32 classifier")
+    fp32 = classifier.load(arguments.model)
+
+    with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
+        print("2. Export to ONNX with Optimum")
+        exported = lab.export_onnx(fp32, Path(scratch))
+
+        print("3. Fuse BERT's attention, layer norms and GELU")
+        fused = fuse(exported, fp32, Path(scratch))
+
+        print("4. Quantise to dynamic INT8")
+        quantise(fused, folder / MODEL_FILE)
+        if arguments.keep_fp32:
+            shutil.move(exported, folder / FP32_FILE)
+
+        print("5. Check against FP32 on the test headlines")
+        artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE)
+        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads))
+    lab.report(fp32, arguments.output, "python lab04-nvidia.py")
+
+
+def fuse(exported: Path, fp32: classifier.Classifier, scratch: Path) -> Path:
+    """Fuse an exported FP32 graph with ONNX Runtime's BERT optimiser; print how many nodes of each kind it made."""
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
+
+    options = FusionOptions("bert")
+    options.enable_embed_layer_norm = False  # a fused embedding stays FP32; separate Gathers are quantised to 8 bits
+    config = fp32.model.config
+    with lab.quiet_logging():
+        model = optimizer.optimize_model(
+            str(exported),
+            model_type="bert",  # the family: DistilBERT, RoBERTa and ELECTRA have the same layers
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            optimization_options=options,
+            opt_level=0,  # ONNX Runtime's own passes run when the session is opened, for the machine it is on
+        )
+    fused = {kind: count for kind, count in model.get_fused_operator_statistics().items() if count}
+    print("   " + ", ".join(f"{count} {kind}" for kind, count in fused.items()))
+    path = scratch / "fused.onnx"
+    model.save_model_to_file(str(path))
+    return path
+
+
+def quantise(fused: Path, output: Path) -> None:
+    """Write a graph's dynamic INT8 form: signed weights per channel in 7 bits, activations in 8 bits."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with lab.quiet_logging():
+        quantize_dynamic(
+            str(fused),
+            str(output),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # 7-bit weights: 8-bit ones overflow the 16-bit sums of CPUs without VNNI, and one file must serve both.
+            reduce_range=True,
+            # Fused operators carry no type information of their own; all floats in this graph are FP32.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+
+
+if __name__ == "__main__":
+    lab.run(main)

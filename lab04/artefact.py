@@ -1,0 +1,302 @@
+"""The artefact folder: write it atomically, check it, read its labels and its tokeniser.
+
+A folder holds the model file, config.json (id2label), tokenizer.json (+ its config) and manifest.json. It is
+complete on its own: running it needs neither the FP32 weights nor `transformers`.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from lab04 import LabError
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # raised when an older folder can no longer be read as it was meant
+MAX_TOKENS = 128  # longer than any headline; also the longest sequence the TensorRT engine is built for
+LIBRARIES = ("torch", "transformers", "peft", "optimum", "onnx", "onnxruntime", "tensorrt", "pycuda", "numpy")
+BUILDERS = {"torch": "lab04-torch.py", "onnxruntime": "lab04-optimum.py", "tensorrt": "lab04-nvidia.py"}
+
+Tokens = dict[str, np.ndarray]  # input_ids, attention_mask[, token_type_ids]: int64 [batch, sequence]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A checked artefact folder. `labels` are in logit order; `manifest` is manifest.json as read."""
+
+    folder: Path
+    manifest: dict
+    labels: list[str]
+
+    @property
+    def backend(self) -> str:
+        return self.manifest["backend"]
+
+    @property
+    def model_file(self) -> Path:
+        return self.folder / self.manifest["model_file"]
+
+    @property
+    def model_mb(self) -> float:
+        """Size of the model file in MB (10^6 bytes)."""
+        return self.manifest["files"][self.manifest["model_file"]]["bytes"] / 1e6
+
+
+class Tokeniser:
+    """Headlines to token ids, with the artefact's own tokenizer.json and nothing else."""
+
+    def __init__(self, artefact: Artefact):
+        from tokenizers import Tokenizer
+
+        config = artefact.manifest["tokenizer"]
+        self._tokenizer = Tokenizer.from_file(str(artefact.folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(config["max_length"])
+        self._tokenizer.no_padding()
+        self._pad_id = config["pad_id"]
+        self._names = config["inputs"]
+        self.sha256 = artefact.manifest["files"]["tokenizer.json"]["sha256"]
+
+    def __call__(self, texts: list[str]) -> Tokens:
+        """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""
+        encodings = self._tokenizer.encode_batch_fast([clean(text) for text in texts])
+        longest = max(len(encoding.ids) for encoding in encodings)
+        tokens = {name: np.zeros((len(texts), longest), dtype=np.int64) for name in self._names}
+        tokens["input_ids"][:] = self._pad_id
+        for row, encoding in enumerate(encodings):
+            tokens["input_ids"][row, : len(encoding.ids)] = encoding.ids
+            tokens["attention_mask"][row, : len(encoding.ids)] = 1
+        return tokens
+
+    def dropped(self, text: str) -> int:
+        """How many tokens of a text lie beyond the model's maximum length."""
+        return sum(len(part.ids) for part in self._tokenizer.encode(clean(text)).overflowing)
+
+
+def clean(text: str) -> str:
+    """Replace lone surrogates, which no UTF-8 library accepts, by the replacement character."""
+    return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+
+
+def load(folder: Path | str) -> Artefact:
+    """Read and check an artefact folder: every file's size and SHA-256, the manifest's own hash, the labels.
+
+    Raises LabError, naming the command that rebuilds, if anything is missing, truncated, edited or of another format.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        # The file must be exactly what we wrote: any edited byte, even a blank, fails here or in its own hash.
+        if text != render(manifest) or manifest["sha256"] != hash_manifest(manifest):
+            raise ValueError(f"{MANIFEST} was edited")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this lab reads format {FORMAT}")
+        for name, recorded in manifest["files"].items():
+            check_file(folder, name, recorded)
+        labels = read_labels(folder / "config.json")
+        if manifest["backend"] not in BUILDERS or manifest["model_file"] not in manifest["files"]:
+            raise ValueError(f"{MANIFEST} names no known backend or model file")
+    except FileNotFoundError as error:
+        missing = folder if not folder.is_dir() else error.filename
+        raise LabError(f"missing artefact {missing}: run {rebuild_command(folder)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"corrupt artefact {folder} ({error}): run {rebuild_command(folder)}") from error
+    return Artefact(folder, manifest, labels)
+
+
+def check_file(folder: Path, name: str, recorded: dict) -> None:
+    """Raise ValueError unless the file is the recorded one; names that leave the folder are refused."""
+    if name != Path(name).name:
+        raise ValueError(f"file name {name!r} leaves the folder")
+    with (folder / name).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != recorded["bytes"]:
+            raise ValueError(f"{name} has {size} bytes, not {recorded['bytes']}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != recorded["sha256"]:
+            raise ValueError(f"{name} was edited")
+
+
+def read_labels(config: Path) -> list[str]:
+    """Label names in logit order from a config.json. Raises ValueError unless they are 2 or more, distinct, 0..n-1."""
+    id2label = json.loads(config.read_text(encoding="utf-8"))["id2label"]
+    labels = [id2label.get(str(index)) for index in range(len(id2label))]
+    if len(labels) < 2 or None in labels or len(set(labels)) < len(labels):
+        raise ValueError(f"{config.name} has no usable id2label")
+    return labels
+
+
+def check_together(artefacts: list[Artefact]) -> None:
+    """Raise LabError unless all artefacts come from the same weights, labels and tokeniser."""
+    for other in artefacts[1:]:
+        first = artefacts[0]
+        for what, differs in (
+            ("weights", first.manifest["weights_sha256"] != other.manifest["weights_sha256"]),
+            ("labels", first.labels != other.labels),
+            ("tokeniser", first.manifest["files"]["tokenizer.json"] != other.manifest["files"]["tokenizer.json"]),
+        ):
+            if differs:
+                raise LabError(
+                    f"{first.folder} and {other.folder} come from different {what}: "
+                    "build them again with the same --model, or compare one with --artefacts"
+                )
+
+
+@contextlib.contextmanager
+def building(output: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place when the block ends without an exception.
+
+    Interrupted or failed builds leave what stood there before. Of two builds at once the later wins, whole.
+    Raises LabError if `output` holds something that is no artefact, or cannot be written.
+    """
+    output = Path(output).absolute()
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
+        raise LabError(f"{output} exists and is no artefact folder: choose another --output")
+    remove_stale(output)
+    temporary = output.with_name(f".{output.name}.new-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        replace(output, temporary)
+    except OSError as error:
+        raise LabError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale(output: Path) -> None:
+    """Remove what a killed build left beside `output`; folders of builds still running stay."""
+    for path in output.parent.glob(f".{output.name}.*-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not process_runs(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def process_runs(pid: int) -> bool:
+    """Whether a process of that id exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def replace(output: Path, temporary: Path) -> None:
+    """Put `temporary` in the place of `output`. A folder cannot be replaced in one step, so the old one steps aside."""
+    aside = output.with_name(f".{output.name}.old-{os.getpid()}")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            output.rename(aside)
+        try:
+            temporary.rename(output)
+        except OSError:
+            if output.exists():  # another build was quicker: step over its result too
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            if aside.exists():
+                aside.rename(output)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+
+
+def seal(folder: Path, classifier, backend: str, precision: str, model_file: str, **details) -> None:
+    """Write config.json, the tokeniser and manifest.json beside the model file of a folder under construction.
+
+    `classifier` is a `lab04.classifier.Classifier`; `details` (threads, check, engine, …) go into the manifest as given.
+    """
+    classifier.model.config.save_pretrained(folder)
+    # Earlier calls leave their padding and truncation in the tokeniser; the file must be the same in every artefact.
+    classifier.tokenizer.backend_tokenizer.no_truncation()
+    classifier.tokenizer.backend_tokenizer.no_padding()
+    classifier.tokenizer.save_pretrained(folder)
+    # Slow-tokeniser files say the same as tokenizer.json; two sources of one truth are one too many.
+    for name in ("vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    manifest = {
+        "format": FORMAT,
+        "backend": backend,
+        "precision": precision,
+        "model_file": model_file,
+        "weights_sha256": classifier.weights_sha256,
+        "tokenizer": tokenizer_settings(classifier),
+        "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "built_on": platform.processor() or platform.machine(),
+        "libraries": library_versions(),
+        **details,
+        "files": {path.name: describe_file(path) for path in sorted(folder.iterdir())},
+    }
+    write_manifest(folder, manifest)
+
+
+def record_check(folder: Path, check: dict) -> None:
+    """Add the result of the build's own check against FP32 to a sealed folder's manifest."""
+    write_manifest(folder, {**load(folder).manifest, "check": check})
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest.json with its own hash in it."""
+    manifest = {**{k: v for k, v in manifest.items() if k != "sha256"}, "sha256": hash_manifest(manifest)}
+    (folder / MANIFEST).write_text(render(manifest), encoding="utf-8")
+
+
+def tokenizer_settings(classifier) -> dict:
+    """What running needs beyond tokenizer.json: input names, padding id, maximum length in tokens."""
+    return {
+        "inputs": classifier.input_names,
+        "pad_id": classifier.tokenizer.pad_token_id,
+        "max_length": max_length(classifier),
+    }
+
+
+def max_length(classifier) -> int:
+    """The longest sequence, in tokens, that the lab gives a classifier."""
+    config = classifier.model.config
+    positions = config.max_position_embeddings
+    if config.model_type == "roberta":
+        positions -= config.pad_token_id + 1  # RoBERTa counts positions from the padding id on
+    return min(MAX_TOKENS, positions)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that are installed, of those that matter to a result."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def describe_file(path: Path) -> dict:
+    """Size and SHA-256 of a file, as the manifest records them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def hash_manifest(manifest: dict) -> str:
+    """SHA-256 of a manifest without its own hash."""
+    return hashlib.sha256(render({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def render(manifest: dict) -> str:
+    """The one text form of a manifest."""
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def rebuild_command(folder: Path) -> str:
+    """The command that builds the artefact a folder's name or manifest speaks of."""
+    for name, script in BUILDERS.items():
+        if name in folder.name or script.removeprefix("lab04-").removesuffix(".py") in folder.name:
+            return f"python {script}"
+    return "the lab script that built it"

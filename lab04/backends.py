@@ -1,0 +1,109 @@
+"""The runtimes behind one call: `logits(tokens) -> float32 [batch, labels]`.
+
+All knowledge of *running* an artefact is here. Every backend takes the same token ids and the same number of
+CPU threads; each imports its library only when it is opened.
+"""
+
+import contextlib
+import os
+import sys
+
+import numpy as np
+
+from lab04 import LabError
+from lab04.artefact import Artefact, Tokens, rebuild_command
+
+# One thread: on the two cores this was measured on a second one gains nothing for one headline of a small
+# model, and its latency then depends on whoever else wants that core (README, "Threads").
+DEFAULT_THREADS = 1
+
+
+def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
+    """The backend of an artefact, ready to run. Raises `Unavailable` if its library or device is not here."""
+    return BACKENDS[artefact.backend](artefact, threads)
+
+
+class Unavailable(LabError):
+    """A backend cannot run on this machine; the message is the reason, for its row in the table."""
+
+
+class TorchBackend:
+    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
+
+    name = "PyTorch Quantised"
+    device = "CPU"
+
+    def __init__(self, artefact: Artefact, threads: int):
+        import torch
+
+        self._torch = torch
+        torch.set_num_threads(threads)
+        torch.backends.quantized.engine = artefact.manifest["engine"]
+        with quiet_stderr():
+            self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
+        self._names = artefact.manifest["tokenizer"]["inputs"]
+        self._check = OutputCheck(artefact)
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        with self._torch.inference_mode():
+            output = self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names))
+        return self._check(output.numpy())
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on the CPU; runs the INT8 artefact, and FP16 or FP32 graphs when a check needs them."""
+
+    name = "ONNX Quantised"
+    device = "CPU"
+
+    def __init__(self, artefact: Artefact, threads: int):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # A spinning pool takes the core of whoever runs next (onnxruntime#13808).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(artefact.model_file), options, providers=["CPUExecutionProvider"]
+        )
+        self._names = [item.name for item in self._session.get_inputs()]
+        self._check = OutputCheck(artefact)
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        return self._check(self._session.run(None, {name: tokens[name] for name in self._names})[0])
+
+
+class OutputCheck:
+    """Refuses logits whose width is not the artefact's number of labels, or that are not finite."""
+
+    def __init__(self, artefact: Artefact):
+        self._artefact = artefact
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        if logits.shape[-1] != len(self._artefact.labels) or not np.isfinite(logits).all():
+            raise LabError(
+                f"{self._artefact.folder} gives {logits.shape[-1]} scores for {len(self._artefact.labels)} labels, "
+                f"or scores that are no numbers: run {rebuild_command(self._artefact.folder)}"
+            )
+        return logits
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Drop what C++ code writes to stderr: TorchScript's deprecation notice, on which a user cannot act."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+BACKENDS = {"torch": TorchBackend, "onnxruntime": OnnxRuntimeBackend}

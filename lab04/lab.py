@@ -1,0 +1,126 @@
+"""The steps every lab script shares: arguments, the FP32 reference, the closing check, one-line errors."""
+
+import argparse
+import contextlib
+import csv
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lab04 import LabError, artefact, backends, classifier, consistency
+
+TEST_HEADLINES = classifier.ROOT / "lora-news" / "headlines" / "test.csv"
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the arguments all labs have: --model, --output, --threads."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument(
+        "--model",
+        default=classifier.DEFAULT_MODEL,
+        help="PEFT adapter folder, model folder or hub id (default: lora-news/adapter)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=classifier.ROOT / output, help=f"artefact folder (default: {output})"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=backends.DEFAULT_THREADS,
+        help="CPU threads of the check (default: %(default)s)",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that must be a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
+    """FP32 logits [texts, labels] of the `transformers` model, one unpadded headline at a time."""
+    import torch
+
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            tokens = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32), return_tensors="pt")
+            rows.append(fp32.model(**tokens).logits[0].numpy())
+    return np.stack(rows)
+
+
+def export_onnx(fp32: classifier.Classifier, folder: Path) -> Path:
+    """Export the merged classifier to `folder`/model.onnx with Optimum: FP32, dynamic batch and length."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    with quiet_logging():
+        # No validation here: it only warns. The closing check compares the finished artefact and decides.
+        onnx_export_from_model(fp32.model, folder, task="text-classification", do_validation=False)
+    return folder / "model.onnx"
+
+
+@contextlib.contextmanager
+def quiet_logging():
+    """Drop the notices that exporters and quantisers log about things a user of the lab cannot change."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_texts() -> list[str]:
+    """The headlines every lab checks its result on. Agreement with FP32 needs no labels, so they serve any model."""
+    with TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:
+    """Run the sealed artefact in `folder` as `predict.py` will, and compare it with FP32 on the test headlines.
+
+    Returns the figures of `consistency.check`. Raises LabError if they are out of bounds.
+    """
+    texts = test_texts()
+    built = artefact.load(folder)
+    tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
+    result = consistency.check(fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts]))
+    print(
+        f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
+        f"largest probability change {result['max_probability_change']:.3f}"
+    )
+    return result
+
+
+def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None:
+    """Print sizes before and after, what was written, and what to run next."""
+    before_mb = sum(p.numel() * p.element_size() for p in fp32.model.parameters()) / 1e6
+    built = artefact.load(output)
+    print(f"   FP32 weights {before_mb:.1f} MB -> {built.model_file.name} {built.model_mb:.1f} MB")
+    print(f"Wrote {output}")
+    print(f"Next: {next_command}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except LabError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        print(f"{script}: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted, nothing was changed", file=sys.stderr)
+        sys.exit(INTERRUPTED)
