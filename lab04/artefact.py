@@ -214,7 +214,7 @@ def replace(output: Path, temporary: Path) -> None:
 def seal(folder: Path, classifier, backend: str, precision: str, model_file: str, **details) -> None:
     """Write config.json, the tokeniser and manifest.json beside the model file of a folder under construction.
 
-    `classifier` is a `lab04.classifier.Classifier`; `details` (threads, check, engine, …) go into the manifest as given.
+    `classifier` is a `lab04.classifier.Classifier`; `details` (such as the engine) go into the manifest as given.
     """
     classifier.model.config.save_pretrained(folder)
     # Earlier calls leave their padding and truncation in the tokeniser; the file must be the same in every artefact.

@@ -7,6 +7,7 @@ CPU threads; each imports its library only when it is opened.
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def quiet_stderr():
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with open(os.devnull, "w") as nothing:
+        with Path(os.devnull).open("w") as nothing:
             os.dup2(nothing.fileno(), 2)
         yield
     finally:

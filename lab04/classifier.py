@@ -13,9 +13,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab04 import LabError
+from lab04 import ROOT, LabError
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "lora-news" / "adapter")
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 # The packaged copy of DEFAULT_BASE must be the published file, or every figure of the lab is about other weights.

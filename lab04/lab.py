@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact, backends, classifier, consistency
+from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
 
-TEST_HEADLINES = classifier.ROOT / "lora-news" / "headlines" / "test.csv"
+TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -25,9 +25,7 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
         default=classifier.DEFAULT_MODEL,
         help="PEFT adapter folder, model folder or hub id (default: lora-news/adapter)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=classifier.ROOT / output, help=f"artefact folder (default: {output})"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
     parser.add_argument(
         "--threads",
         type=positive,

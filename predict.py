@@ -1,0 +1,326 @@
+"""Compare the quantised backends on a few headlines: top five, times, a chart each, and a summary.
+
+    python predict.py                                  # the lab's three headlines, about 4 seconds
+    python predict.py "Your headline" "Another one"
+    python predict.py --file my.csv                    # one headline a line, or CSV with text[,label]
+    python predict.py --json --file - < my.txt         # for the next program in the pipe
+
+Reads the quantised-model-* folders; running them needs neither `transformers` nor `peft`.
+Exit codes: 0 done, 2 wrong input or artefact, 130 interrupted.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import random
+import re
+import sys
+import time
+import unicodedata
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lab04 import ROOT, LabError, artefact, backends, charts, lab
+from lab04.consistency import softmax, top
+
+ARTEFACTS = {
+    "torch": "quantised-model-torch",
+    "onnx": "quantised-model-optimum",
+    "tensorrt": "quantised-model-tensorrt",
+}
+HEADLINES = {
+    "Cybersecurity breach exposes NHS patient records": "security",
+    "AI tutor program set to roll out in Scottish schools": "education",
+    "Climate report warns UK cities face extreme flooding by 2030": "climate",
+}
+WARM_UPS = 5  # the first calls of TorchScript and ONNX Runtime prepare kernels and memory: they are not timed
+RUNS = 30  # timed calls of every backend for a headline given by hand; a file's headlines are run once each
+CHARTS = 20
+
+
+@dataclass
+class Headline:
+    """A headline and, where the input names it, the label it should get."""
+
+    text: str
+    label: str | None = None
+
+
+@dataclass
+class Runner:
+    """One backend of the comparison and what was measured of it.
+
+    `reason` says why it runs as a mere check of its labels, if so: its times then say nothing of its real device.
+    """
+
+    artefact: artefact.Artefact
+    backend: object
+    reason: str = ""
+    times_ms: array = field(default_factory=lambda: array("d"))
+    labelled: int = 0
+    correct: int = 0
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    artefacts = [artefact.load(folder) for folder in arguments.artefacts]
+    artefact.check_together(artefacts)
+    headlines = read_headlines(arguments, set(artefacts[0].labels))
+    headlines = itertools.chain([next(headlines)], headlines)  # wrong input is reported before anything is loaded
+    tokenise = artefact.Tokeniser(artefacts[0])
+    runners = [open_runner(item, arguments.threads) for item in artefacts]
+    warm_up(runners, tokenise)
+    if arguments.json:
+        write_json(runners, tokenise, headlines, arguments)
+    else:
+        write_report(runners, tokenise, headlines, arguments)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("headlines", nargs="*", metavar="HEADLINE", help="headlines (default: the lab's three)")
+    add("--file", help="one headline a line, or CSV with text[,label]; - reads stdin")
+    add("--backends", nargs="+", choices=list(ARTEFACTS), default=list(ARTEFACTS), help="which to run (default: all)")
+    add("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="artefact folders to run instead of the lab's own")
+    add("--output", type=Path, default=Path(), help="folder for the charts (default: the current one)")
+    add(
+        "--threads", type=lab.positive, default=backends.DEFAULT_THREADS, help="CPU threads each (default: %(default)s)"
+    )
+    add("--runs", type=lab.positive, help=f"timed calls a headline (default: {RUNS}, with --file 1)")
+    add("--charts", type=int, default=CHARTS, help="draw at most this many charts (default: %(default)s)")
+    add("--json", action="store_true", help="one JSON object a headline on stdout and nothing else; no charts")
+    arguments = parser.parse_args()
+    if arguments.headlines and arguments.file:
+        raise LabError("give headlines or --file, not both")
+    arguments.artefacts = arguments.artefacts or [ROOT / ARTEFACTS[name] for name in arguments.backends]
+    arguments.runs = arguments.runs or (1 if arguments.file else RUNS)
+    return arguments
+
+
+# --- Input ------------------------------------------------------------------------------------------------
+
+
+def read_headlines(arguments: argparse.Namespace, labels: set[str]) -> Iterator[Headline]:
+    """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
+    if arguments.file:
+        rows = read_file(arguments.file)
+    elif arguments.headlines:
+        rows = enumerate(map(Headline, arguments.headlines), start=1)
+    else:
+        # The default headlines' labels are the default model's; another model is not judged by them.
+        known = {text: label if label in labels else None for text, label in HEADLINES.items()}
+        rows = enumerate(itertools.starmap(Headline, known.items()), start=1)
+    empty = True
+    for number, headline in rows:
+        where = f"{arguments.file}, line {number}" if arguments.file else f"headline {number}"
+        if not headline.text.strip():
+            raise LabError(f"{where} is empty")
+        if headline.label is not None and headline.label not in labels:
+            raise LabError(f"{where}: unknown label {headline.label!r}; the model knows {', '.join(sorted(labels))}")
+        empty = False
+        yield headline
+    if empty:
+        raise LabError(f"{arguments.file} holds no headlines")
+
+
+def read_file(name: str) -> Iterator[tuple[int, Headline]]:
+    """Line numbers and headlines of a text file (blank lines skipped) or a CSV, told apart by the name's ending."""
+    try:
+        with open(0 if name == "-" else name, encoding="utf-8-sig", newline="", closefd=name != "-") as file:
+            if not name.lower().endswith(".csv"):
+                yield from ((n, Headline(line.strip())) for n, line in enumerate(file, start=1) if line.strip())
+                return
+            reader = csv.DictReader(file)
+            if "text" not in (reader.fieldnames or ()):
+                raise LabError(f"{name} has no column 'text': its first line must name the columns, text[,label]")
+            for row in reader:
+                yield reader.line_num, Headline(row["text"] or "", row.get("label") or None)
+    except UnicodeDecodeError as error:
+        raise LabError(f"{name} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from error
+    except csv.Error as error:
+        raise LabError(f"{name} is no CSV file: {error}") from error
+    except OSError as error:
+        raise LabError(f"cannot read {name}: {error.strerror}") from error
+
+
+# --- Running ----------------------------------------------------------------------------------------------
+
+
+def open_runner(item: artefact.Artefact, threads: int) -> Runner:
+    """The artefact's backend, or, where its device is missing, its graph on the CPU as a check of its labels."""
+    try:
+        return Runner(item, backends.open_backend(item, threads))
+    except backends.Unavailable as error:
+        return Runner(item, backends.open_fp16_check(item, threads), reason=str(error))
+
+
+def warm_up(runners: list[Runner], tokenise: artefact.Tokeniser) -> None:
+    for text in HEADLINES:
+        tokens = tokenise([text])
+        for runner in runners:
+            for _ in range(WARM_UPS):
+                runner.backend.logits(tokens)
+
+
+def run_headline(runners: list[Runner], tokens: artefact.Tokens, runs: int) -> list[tuple[np.ndarray, float]]:
+    """Probabilities [labels] and median milliseconds of every backend for one headline, batch 1, unpadded.
+
+    Every round calls the backends in a new random order, so that none is always measured in another's wake.
+    """
+    times_ms = [[] for _ in runners]
+    logits = [np.empty(0)] * len(runners)
+    for _ in range(runs):
+        for place in random.sample(range(len(runners)), len(runners)):
+            started = time.perf_counter()
+            logits[place] = runners[place].backend.logits(tokens)
+            times_ms[place].append(1e3 * (time.perf_counter() - started))
+    for runner, times in zip(runners, times_ms, strict=True):
+        runner.times_ms.extend(times)
+    return [(softmax(row[0]), float(np.median(times))) for row, times in zip(logits, times_ms, strict=True)]
+
+
+def count_correct(runner: Runner, headline: Headline, probabilities: np.ndarray) -> None:
+    if headline.label is not None:
+        runner.labelled += 1
+        runner.correct += runner.artefact.labels[int(probabilities.argmax())] == headline.label
+
+
+# --- Output -----------------------------------------------------------------------------------------------
+
+
+def write_json(runners: list[Runner], tokenise: artefact.Tokeniser, headlines, arguments: argparse.Namespace) -> None:
+    """One JSON object a headline, each line flushed so that an interruption loses nothing that was done."""
+    from tqdm import tqdm
+
+    for headline in tqdm(headlines, unit=" headlines", file=sys.stderr, disable=None):
+        tokens = tokenise([headline.text])
+        record = {
+            "text": headline.text,
+            "tokens": tokens["input_ids"].shape[1],
+            "truncated": tokenise.dropped(headline.text) > 0,
+            "label": headline.label,
+            "backends": {},
+        }
+        for runner, (scores, ms) in zip(runners, run_headline(runners, tokens, arguments.runs), strict=True):
+            best = int(scores.argmax())
+            record["backends"][runner.backend.name] = {
+                "label": runner.artefact.labels[best],
+                "id": best,
+                "probabilities": dict(zip(runner.artefact.labels, scores.tolist(), strict=True)),
+                "ms": None if runner.reason else ms,
+            }
+        print(json.dumps(record), flush=True)
+
+
+def write_report(runners: list[Runner], tokenise: artefact.Tokeniser, headlines, arguments: argparse.Namespace) -> None:
+    """Print every headline's top five as the original lab did, save its chart, and close with the summary."""
+    tokenise_ms, chart_names, count = array("d"), ChartNames(arguments.output), 0
+    for count, headline in enumerate(headlines, start=1):
+        started = time.perf_counter()
+        tokens = tokenise([headline.text])
+        tokenise_ms.append(1e3 * (time.perf_counter() - started))
+        print(f"\nPredicting: {charts.one_line(headline.text)!r}")
+        if dropped := tokenise.dropped(headline.text):
+            print(f"(too long: the last {dropped} tokens are not read)")
+        results = run_headline(runners, tokens, arguments.runs)
+        for runner, (scores, ms) in zip(runners, results, strict=True):
+            count_correct(runner, headline, scores)
+            print_top_five(runner, scores, ms)
+        if count <= arguments.charts:
+            path = chart_names.next(headline.text)
+            charts.save_confidence_chart(path, headline.text, runners[0].artefact.labels, chart_rows(runners, results))
+            print(f"\n>> Saved prediction confidence comparison to: {path}")
+    if count > arguments.charts:
+        print(f"\n(charts for the first {arguments.charts} headlines only: --charts {count} draws them all)")
+    print_summary(runners, float(np.median(tokenise_ms)), count, arguments)
+
+
+def print_top_five(runner: Runner, scores: np.ndarray, ms: float) -> None:
+    labels, best = runner.artefact.labels, top(scores)
+    took = "label check on the CPU, no speed claimed" if runner.reason else f"{ms / 1e3:.4f} sec"
+    print(f"\n[{runner.backend.name}]: {labels[best[0]]} ({best[0]}) | {took}")
+    print("Top 5 Predictions:" if len(best) == 5 else "Predictions:")
+    width = max(12, *(len(labels[index]) for index in best))
+    for index in best:
+        print(f"  - {labels[index]:<{width}} {scores[index]:.4f}")
+
+
+def chart_rows(runners: list[Runner], results: list[tuple[np.ndarray, float]]) -> list[dict]:
+    """What a chart shows of every backend."""
+    return [
+        {
+            "backend": runner.artefact.backend,
+            "name": runner.backend.name,
+            "note": "label check on the CPU" if runner.reason else f"{ms:.1f} ms",
+            "probabilities": scores,
+        }
+        for runner, (scores, ms) in zip(runners, results, strict=True)
+    ]
+
+
+class ChartNames:
+    """File names of the charts; headlines that begin alike get a number, so that none overwrites another."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._used: dict[str, int] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def next(self, text: str) -> Path:
+        ascii_text = unicodedata.normalize("NFKD", text[:20]).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[^a-z0-9]+", "_", ascii_text.lower()).strip("_") or "headline"
+        self._used[slug] = self._used.get(slug, 0) + 1
+        number = f"_{self._used[slug]}" if self._used[slug] > 1 else ""
+        return self._folder / f"confidence_{slug}{number}.png"
+
+
+def print_summary(runners: list[Runner], tokenise_ms: float, count: int, arguments: argparse.Namespace) -> None:
+    """Print one row a backend: what it is, what it weighs, how fast and how right it was."""
+    columns = ("Backend", "Precision", "Device", "Size", "p50", "p95", "Throughput", "Correct", "As FP32*")
+    units = ("", "", "", "MB", "ms", "ms", "samples/s", "", "")
+    rows = [summary_row(runner) for runner in runners]
+    widths = [max(map(len, column)) for column in zip(columns, units, *rows, strict=True)]
+    print(
+        f"\nSummary: {count} headline{'s' * (count != 1)}, {arguments.runs} timed calls each, batch 1, no padding, "
+        f"{arguments.threads} CPU thread{'s' * (arguments.threads != 1)}"
+    )
+    for row in (columns, units, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        f"\nTokenising took {tokenise_ms:.3f} ms a headline (median), apart from these times; all got the same token ids."
+    )
+    check = runners[0].artefact.manifest["check"]
+    print(
+        f"* same label as the FP32 weights on the lab's {check['headlines']} test headlines, measured when it was built"
+    )
+    for runner in runners:
+        if runner.reason:
+            print(f"{runner.backend.name}: {runner.reason}")
+
+
+def summary_row(runner: Runner) -> tuple[str, ...]:
+    manifest = runner.artefact.manifest
+    p50, p95 = np.percentile(runner.times_ms, (50, 95))
+    times = ("–", "–", "–") if runner.reason else (f"{p50:.2f}", f"{p95:.2f}", f"{1e3 / np.mean(runner.times_ms):.0f}")
+    return (
+        runner.backend.name,
+        manifest["precision"],
+        runner.backend.device,
+        f"{runner.artefact.model_mb:.1f}",
+        *times,
+        f"{runner.correct} of {runner.labelled}" if runner.labelled else "–",
+        f"{manifest['check']['agreement']:.1%}",
+    )
+
+
+if __name__ == "__main__":
+    lab.run(main)
