@@ -24,11 +24,34 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
     return BACKENDS[artefact.backend](artefact, threads)
 
 
+def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
+    """A TensorRT artefact's FP16 graph on ONNX Runtime, where its engine cannot run: a check of its labels.
+
+    ONNX Runtime computes in FP32 between FP16 weights here: this says nothing about a GPU's speed or arithmetic.
+    """
+    backend = OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
+    backend.name = "TensorRT FP16"
+    return backend
+
+
 class Unavailable(LabError):
     """A backend cannot run on this machine; the message is the reason, for its row in the table."""
 
 
-class TorchBackend:
+class Backend:
+    """What every runtime has beside `name`, `device` and `logits`: it can be closed, or used in a `with` block."""
+
+    def close(self) -> None:
+        """Give back what the process would otherwise hold until its end."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class TorchBackend(Backend):
     """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
 
     name = "PyTorch Quantised"
@@ -52,13 +75,13 @@ class TorchBackend:
         return self._check(output.numpy())
 
 
-class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU; runs the INT8 artefact, and FP16 or FP32 graphs when a check needs them."""
+class OnnxRuntimeBackend(Backend):
+    """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it."""
 
     name = "ONNX Quantised"
     device = "CPU"
 
-    def __init__(self, artefact: Artefact, threads: int):
+    def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -68,7 +91,7 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
-            str(artefact.model_file), options, providers=["CPUExecutionProvider"]
+            str(graph or artefact.model_file), options, providers=["CPUExecutionProvider"]
         )
         self._names = [item.name for item in self._session.get_inputs()]
         self._check = OutputCheck(artefact)
@@ -107,4 +130,11 @@ def quiet_stderr():
         os.close(kept)
 
 
-BACKENDS = {"torch": TorchBackend, "onnxruntime": OnnxRuntimeBackend}
+def open_tensorrt(artefact: Artefact, threads: int):
+    """The TensorRT backend, whose module is read only when it is asked for."""
+    from lab04.tensorrt_engine import TensorRTBackend
+
+    return TensorRTBackend(artefact, threads)
+
+
+BACKENDS = {"torch": TorchBackend, "onnxruntime": OnnxRuntimeBackend, "tensorrt": open_tensorrt}
