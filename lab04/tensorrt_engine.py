@@ -207,9 +207,9 @@ def import_tensorrt():
     try:
         import tensorrt
     except ModuleNotFoundError as error:
-        raise Unavailable(f"TensorRT is not installed: {INSTALL}") from error
+        raise Unavailable(f"TensorRT is not installed ({INSTALL})") from error
     except (ImportError, OSError) as error:
-        raise Unavailable(f"TensorRT does not load ({one_line(error)}): {INSTALL}") from error
+        raise Unavailable(f"TensorRT does not load ({one_line(error)})") from error
     return tensorrt
 
 
@@ -218,13 +218,11 @@ def import_pycuda():
     try:
         import pycuda.driver as cuda
     except ModuleNotFoundError as error:
-        raise Unavailable(f"PyCUDA is not installed: {INSTALL}") from error
+        raise Unavailable(f"PyCUDA is not installed ({INSTALL})") from error
     except (ImportError, OSError) as error:
         if "libcuda" in str(error) or "nvcuda" in str(error):
             raise Unavailable("no NVIDIA driver on this machine (libcuda does not load)") from error
-        raise Unavailable(
-            f"PyCUDA does not load ({one_line(error)}): build it again, see requirements/gpu.txt"
-        ) from error
+        raise Unavailable(f"PyCUDA does not load ({one_line(error)}): build it again, see README") from error
     try:
         cuda.init()
         devices = cuda.Device.count()
