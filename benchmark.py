@@ -1,0 +1,461 @@
+"""The numbers: quality, agreement with FP32, latency, throughput, cold start, memory and size of every backend.
+
+    python benchmark.py                          # about 10 minutes on two cores; --quick: under a minute
+    python benchmark.py --data my.csv            # text,label CSV, AG News CSV or JSON lines
+    python benchmark.py --peers                  # also what else one could pick: pip install -r requirements/peers.txt
+    python benchmark.py --readme                 # put the committed results into README.md's tables
+
+Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
+results.json, CSV files and charts. Every backend runs in a process of its own, all of them in random order within
+each round, and is compared with FP32 PyTorch in the same round. An interrupted run goes on with --resume.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from lab04 import LabError, artefact, backends, classifier, environment, headlines, lab, readme, results
+
+ROOT = classifier.ROOT
+ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "tensorrt")]
+
+# --- How much is measured ---------------------------------------------------------------------------------
+FULL = {
+    "rounds": 40,  # of latency; the round is the unit that intervals resample
+    "headlines_per_round": 25,
+    "warm_ups": 3,  # calls before each round's block: another process had the caches
+    "latency_seconds": 150,  # per thread count; reached after at least `minimum_rounds`, no further round starts
+    "minimum_rounds": 10,
+    "batches": [1, 2, 4, 8, 16, 32, 64],
+    "throughput_headlines": 128,
+    "throughput_rounds": 3,
+    "throughput_seconds": 100,  # as above, after at least one round
+    "cold_starts": 5,
+    "peer_cold_starts": 2,
+    "quality_headlines": None,  # all
+}
+QUICK = FULL | {
+    "rounds": 5,
+    "minimum_rounds": 3,
+    "headlines_per_round": 8,
+    "latency_seconds": 10,
+    "batches": [1, 8, 32],
+    "throughput_headlines": 32,
+    "throughput_rounds": 1,
+    "cold_starts": 1,
+    "peer_cold_starts": 1,
+    "quality_headlines": 120,
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.readme:
+        path = ROOT / "README.md"
+        path.write_text(readme.fill(path.read_text(encoding="utf-8"), arguments.output), encoding="utf-8")
+        print(f"Wrote {path}")
+        return
+    if arguments.redraw:
+        report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(arguments, Path(scratch))
+        try:
+            run.measure()
+        except KeyboardInterrupt:
+            stopped = LabError(f"interrupted; what was measured is in {run.folder}: go on with --resume")
+            stopped.exit_code = lab.INTERRUPTED
+            raise stopped from None
+        finally:
+            if run.journal.find("backend"):
+                report(run.folder, run.journal)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
+    parser.add_argument(
+        "--model", default=classifier.DEFAULT_MODEL, help="their FP32 weights (default: lora-news/adapter)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=lab.TEST_HEADLINES,
+        help="labelled headlines (default: lora-news/headlines/test.csv)",
+    )
+    parser.add_argument(
+        "--threads", type=lab.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a rough look in under a minute")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help="measure other quantisers too (default: all of them)"
+    )
+    parser.add_argument("--random-weights", action="store_true", help="the weights mean nothing: measure speed only")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
+    parser.add_argument("--tag", default="", help="added to the name of the hardware's folder, as in bert-base")
+    parser.add_argument("--seed", type=int, default=0, help="order of backends and choice of headlines (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--force", action="store_true", help="discard an interrupted run")
+    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
+    arguments = parser.parse_args()
+    if not arguments.threads:
+        arguments.threads = [1] if arguments.quick else sorted({1, environment.usable_cores()})
+    return arguments
+
+
+class Process:
+    """A worker process that runs one backend (lab04/worker.py); closing it ends it."""
+
+    def __init__(self, log: Path, threads: int = 1):
+        self._log = log
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lab04.worker"],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                encoding="utf-8",
+            )
+
+    def ask(self, do: str, **fields) -> dict:
+        """Have a command carried out. Raises Unavailable if the backend cannot, LabError if the user must act."""
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            lines = self._log.read_text(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), "no message")
+            raise backends.Unavailable(f"its process ended with code {self._process.wait()}: {last.strip()[:150]}")
+        answer = json.loads(answer)
+        if "error" in answer:
+            raise LabError(answer["error"])
+        if "unavailable" in answer:
+            raise backends.Unavailable(answer["unavailable"])
+        return answer
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+class Run:
+    """One run of the benchmark: what is measured, on what, and the journal it goes into."""
+
+    def __init__(self, arguments: argparse.Namespace, scratch: Path):
+        self.amounts = QUICK if arguments.quick else FULL
+        self.threads, self.seed, self.scratch = arguments.threads, arguments.seed, scratch
+        self.reference = scratch / "fp32"
+
+        print("1. Export the FP32 references")
+        with self.process("export") as worker:
+            model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
+            worker.ask("export", model=model, reference=str(self.reference))
+        exported = artefact.load(self.reference)
+        built, missing = load_artefacts(arguments.artefacts)
+        artefact.check_together([exported, *built])
+        self.texts, truth = headlines.read_labelled(arguments.data, exported.labels)
+        chosen = random.Random(self.seed).sample(range(len(truth)), len(truth))[: self.amounts["quality_headlines"]]
+        self.quality_texts = [self.texts[index] for index in sorted(chosen)]
+
+        self.rows = self.list_rows(built, missing, arguments)
+        settings = {
+            "model": Path(arguments.model).name,
+            "weights_sha256": exported.manifest["weights_sha256"],
+            "labels": exported.labels,
+            "data": arguments.data.name,
+            "data_sha256": artefact.describe_file(arguments.data)["sha256"],
+            "headlines": len(self.texts),
+            "threads": self.threads,
+            "quick": arguments.quick,
+            "random_weights": arguments.random_weights,
+            "seed": self.seed,
+            "amounts": self.amounts,
+        }
+        here = environment.describe()
+        self.folder = arguments.output / environment.folder_name(here, arguments.tag)
+        self.journal = open_journal(self.folder, settings, arguments)
+        if not self.journal.entries:
+            self.journal.append("start", settings=settings, environment=here, truth=[truth[i] for i in sorted(chosen)])
+
+    def list_rows(self, built: list[artefact.Artefact], missing: dict, arguments: argparse.Namespace) -> dict:
+        """Every row of the tables by its id: how to open it, and what results.json says of it."""
+        from lab04 import peers
+
+        rows = {}
+        for name, peer in peers.REFERENCES.items():
+            rows[name] = row(peer.name, peer.precision, "reference", name, self.reference)
+        for folder in built:
+            kind, precision = folder.backend, folder.manifest["precision"]
+            name = f"{kind}-{precision.lower()}"
+            name = f"{name}-{folder.folder.name}" if name in rows else name
+            rows[name] = row(NAMES[kind], precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
+            if kind == "tensorrt" and not arguments.random_weights:
+                # Whether or not an engine runs here: the graph it is built from, for its labels, not its speed.
+                rows[f"{name}-graph"] = row(
+                    f"{NAMES[kind]}'s graph on the CPU", precision, "check", "graph", folder.folder
+                )
+        rows |= missing
+        for name in peers.PEERS if arguments.peers == [] else arguments.peers or []:
+            if name not in peers.PEERS:
+                raise LabError(f"unknown peer {name!r}: choose from {', '.join(peers.PEERS)}")
+            peer = peers.PEERS[name]
+            rows[name] = row(peer.name, peer.precision, "peer", name, self.scratch / name)
+        return rows
+
+    def measure(self) -> None:
+        """All stages; each skips what the journal already has."""
+        times = environment.cpu_times()
+        print("2. Build what is compared")
+        self.build()
+        if not self.journal.find("start")[0]["settings"]["random_weights"]:
+            print("3. Quality and agreement with FP32")
+            self.measure_quality()
+        for threads in self.threads:
+            print(f"4. Latency and throughput, {threads} thread{'s' * (threads > 1)}")
+            self.measure_speed(threads)
+        print("5. Cold starts and memory")
+        self.measure_cold_starts()
+        load = {
+            "stolen_share": environment.stolen_share(times, environment.cpu_times()),
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        }
+        self.journal.append("end", load=load)
+
+    def build(self) -> None:
+        """Build the peers and enter every row; one that cannot be built is a row with its reason."""
+        from lab04 import peers
+
+        for name, spec in self.rows.items():
+            try:
+                if spec["reason"]:
+                    raise backends.Unavailable(spec["reason"])
+                if spec["group"] == "peer" and not self.failed(name):
+                    print(f"   {spec['name']}")
+                    with self.process(name) as worker:
+                        worker.ask("build", peer=name, reference=str(self.reference), folder=spec["folder"])
+                if spec["group"] in ("reference", "peer"):
+                    spec["model_mb"] = peers.model_mb(name, Path(spec["folder"]), self.reference)
+            except LabError as error:
+                self.fail(name, error)
+            if not self.journal.find("backend", id=name):
+                facts = {key: spec[key] for key in ("name", "precision", "group", "model_mb")}
+                self.journal.append("backend", id=name, **facts)
+
+    def measure_quality(self) -> None:
+        """Logits of every backend for all headlines, one at a time as `predict.py` runs them."""
+        for name in progress(
+            [name for name in self.alive() if not self.journal.find("logits", id=name)], "   backends"
+        ):
+            try:
+                with self.process(name, self.threads[0]) as worker:
+                    self.open(worker, name, self.threads[0])
+                    self.journal.append("logits", id=name, **worker.ask("logits", texts=self.quality_texts))
+            except LabError as error:
+                self.fail(name, error)
+
+    def measure_speed(self, threads: int) -> None:
+        """Latency, then throughput, with all backends open at once and taking turns."""
+        with ExitStack() as stack:
+            workers = {}
+            for name in self.alive(timed=True):
+                try:
+                    worker = stack.enter_context(self.process(name, threads))
+                    self.open(worker, name, threads)
+                    workers[name] = worker
+                except LabError as error:
+                    self.fail(name, error)
+            self.rounds("latency", threads, self.amounts["rounds"], self.amounts["minimum_rounds"], workers)
+            self.rounds("throughput", threads, self.amounts["throughput_rounds"], 1, workers)
+
+    def rounds(self, unit: str, threads: int, most: int, least: int, workers: dict[str, Process]) -> None:
+        """Run the rounds of a unit that the journal lacks, until there are `most`, or `least` and the time is up."""
+        for number in progress(range(most), f"   {unit}"):
+            done = self.journal.find(unit, threads=threads)
+            spent = sum(entry["seconds"] for entry in done)
+            if number < len(done) or (number >= least and spent > self.amounts[f"{unit}_seconds"]):
+                continue
+            started = time.perf_counter()
+            entry = getattr(self, f"{unit}_round")(random.Random(f"{self.seed} {threads} {number}"), workers)
+            self.journal.append(unit, threads=threads, round=number, seconds=time.perf_counter() - started, **entry)
+
+    def latency_round(self, chance: random.Random, workers: dict[str, Process]) -> dict:
+        """The same randomly chosen headlines through every backend, one block each, in random order."""
+        texts = chance.choices(self.texts, k=self.amounts["headlines_per_round"])
+        samples = {}
+        for name in chance.sample(sorted(workers), len(workers)):
+            try:
+                samples[name] = workers[name].ask("latency", texts=texts, warm_ups=self.amounts["warm_ups"])["ms"]
+            except LabError as error:
+                self.fail(name, error)
+                del workers[name]
+        tokenise = artefact.Tokeniser(artefact.load(self.reference))
+        return {"tokens": [tokenise([text])["input_ids"].shape[1] for text in texts], "ms": samples}
+
+    def throughput_round(self, _chance: random.Random, workers: dict[str, Process]) -> dict:
+        """One set of headlines, the same in every round, through every backend at every batch size, in random order."""
+        chance = random.Random(self.seed)
+        texts = chance.choices(self.texts, k=self.amounts["throughput_headlines"])
+        pairs = [(name, batch) for name in sorted(workers) for batch in self.amounts["batches"]]
+        per_second = {name: {} for name in workers}
+        for name, batch in _chance.sample(pairs, len(pairs)):
+            if name in workers:
+                try:
+                    answer = workers[name].ask("throughput", texts=texts, batch=batch)
+                    per_second[name][str(batch)] = answer["per_second"]
+                except LabError as error:
+                    self.fail(name, error)
+                    del workers[name]
+        return {"per_second": per_second}
+
+    def measure_cold_starts(self) -> None:
+        """Fresh processes to their first prediction, and the peak memory of each; then tokenisation on its own."""
+        rounds = self.amounts["cold_starts"]
+        for number in progress(range(rounds), "   rounds"):
+            names = self.alive(timed=True)
+            for name in random.Random(f"{self.seed} {number}").sample(names, len(names)):
+                peer = self.rows[name]["group"] == "peer"
+                if self.journal.find("cold_start", id=name, round=number) or (
+                    peer and number >= self.amounts["peer_cold_starts"]
+                ):
+                    continue
+                try:
+                    self.journal.append("cold_start", id=name, round=number, **self.start_cold(name))
+                except LabError as error:
+                    self.fail(name, error)
+        if not self.journal.find("tokenisation"):
+            with self.process("tokenisation") as worker:
+                answer = worker.ask("tokenisation", texts=self.texts[:1000], reference=str(self.reference))
+                self.journal.append("tokenisation", **answer)
+
+    def start_cold(self, name: str) -> dict:
+        """Times in ms of a fresh process up to its first prediction, and its peak memory in MB after some more."""
+        threads = self.threads[0]
+        started = time.perf_counter()
+        with self.process(name, threads) as worker:
+            parts = self.open(worker, name, threads) | worker.ask("first", text=self.texts[0])
+            parts["total_ms"] = (time.perf_counter() - started) * 1e3
+            parts["process_ms"] = parts["total_ms"] - sum(parts[key] for key in ("imports_ms", "load_ms", "first_ms"))
+            worker.ask("latency", texts=self.texts[:20], warm_ups=0)
+            return parts | worker.ask("memory")
+
+    def process(self, name: str, threads: int = 1) -> Process:
+        return Process(self.scratch / f"{name}.log", threads)
+
+    def open(self, worker: Process, name: str, threads: int) -> dict:
+        spec = self.rows[name]
+        return worker.ask(
+            "open", runner=spec["runner"], folder=spec["folder"], reference=str(self.reference), threads=threads
+        )
+
+    def alive(self, timed: bool = False) -> list[str]:
+        """Ids of the rows that can be measured; with `timed`, of those whose speed means something."""
+        return [
+            name
+            for name, spec in self.rows.items()
+            if not self.failed(name) and not (timed and spec["group"] == "check")
+        ]
+
+    def failed(self, name: str) -> bool:
+        return bool(self.journal.find("failed", id=name))
+
+    def fail(self, name: str, error: LabError) -> None:
+        """Note why a row is not measured any further; a reference that cannot run, or a fault to mend, ends the run."""
+        if not isinstance(error, backends.Unavailable) or self.rows[name]["group"] == "reference":
+            raise error
+        if not self.failed(name):
+            self.journal.append("failed", id=name, reason=str(error))
+
+
+NAMES = {"torch": "PyTorch Quantised", "onnxruntime": "ONNX Quantised", "tensorrt": "TensorRT"}
+
+
+def row(name: str, precision: str, group: str, runner: str, folder: Path) -> dict:
+    """A table row: its names, what the worker needs to open it, and room for its size or the reason it has none."""
+    return {
+        "name": name,
+        "precision": precision,
+        "group": group,
+        "runner": runner,
+        "folder": str(Path(folder).absolute()),
+        "model_mb": None,
+        "reason": None,
+    }
+
+
+def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact], dict]:
+    """The artefacts there are, and rows with a reason for the default ones that were never built."""
+    built, missing = [], {}
+    for folder in folders or ARTEFACTS:
+        if not folders and not folder.exists():
+            kind = {"optimum": "onnxruntime"}.get(folder.name.split("-")[-1], folder.name.split("-")[-1])
+            spec = row(NAMES[kind], "FP16" if kind == "tensorrt" else "INT8", "lab", "artefact", folder)
+            missing[kind] = spec | {"reason": f"not built: run python {artefact.BUILDERS[kind]}"}
+        else:
+            built.append(artefact.load(folder))
+    if not built:
+        raise LabError("no artefacts to measure: run python lab04-torch.py and python lab04-optimum.py")
+    return built, missing
+
+
+def open_journal(folder: Path, settings: dict, arguments: argparse.Namespace) -> results.Journal:
+    """The journal of a results folder, empty unless --resume. Raises LabError rather than lose or mix measurements."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = results.Journal(folder / results.JOURNAL)
+    except OSError as error:
+        raise LabError(f"cannot write {folder}: {error.strerror}") from error
+    started = journal.find("start")
+    if arguments.resume and started:
+        differing = [key for key, value in settings.items() if started[0]["settings"].get(key) != value]
+        if differing:
+            raise LabError(f"cannot resume {folder}: other {', '.join(differing)}; discard it with --force")
+        return journal
+    if started and not journal.find("end") and not arguments.force:
+        raise LabError(f"{folder} holds an interrupted run: go on with --resume, or discard it with --force")
+    journal.start_again()
+    return journal
+
+
+def progress(items, label: str):
+    """The items, with a progress bar on stderr if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, disable=None, leave=False)
+
+
+def report(folder: Path, journal: results.Journal) -> None:
+    """Write and print everything that follows from a journal."""
+    from lab04 import benchmark_charts
+
+    measured = results.write(folder, journal)
+    written = benchmark_charts.save_all(folder, measured)
+    print(f"\n{environment.one_line(measured['environment'])}\n")
+    print(readme.summary(measured))
+    print(f"\nWrote {folder / results.RESULTS}, 3 CSV files and {len(written)} charts beside it")
+    print("Next: python benchmark.py --readme")
+
+
+if __name__ == "__main__":
+    lab.run(main)

@@ -1,0 +1,247 @@
+"""The benchmark's charts, all drawn from results.json: PNG files for a README.
+
+Bars start at zero, units are on the axes, the hardware is in the footer; colours are those of `charts`, safe for
+colour-blind readers, and a backend has the same one everywhere.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lab04 import environment, results
+from lab04.charts import COLOURS, pyplot, save
+
+REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
+MOST_LABELS = 12  # a confusion matrix of more labels is unreadable at this size
+
+
+def save_all(folder: Path, measured: dict) -> list[Path]:
+    """Draw every chart the results have data for; return the files."""
+    drawn = []
+    threads = [str(count) for count in measured["settings"]["threads"]]
+    rows = {name: row | {"colour": colour(name, row)} for name, row in measured["backends"].items()}
+    timed = {name: row for name, row in rows.items() if any(row["latency"].get(count) for count in threads)}
+    scored = {name: row for name, row in rows.items() if row.get("quality")}
+    sized = {name: row for name, row in rows.items() if row["model_mb"]}
+    for file, draw, content in (
+        ("speed-up.png", draw_speed_up, timed),
+        ("latency.png", draw_latency, timed),
+        ("throughput.png", draw_throughput, {name: row for name, row in rows.items() if row["throughput"]}),
+        ("size.png", draw_size, sized),
+        (
+            "confusion.png",
+            draw_confusion,
+            {n: r for n, r in scored.items() if len(r["quality"]["confusion"]) <= MOST_LABELS},
+        ),
+        ("reliability.png", draw_reliability, scored),
+    ):
+        if content:
+            figure = draw(pyplot(), content, threads, measured)
+            figure.supxlabel(environment.one_line(measured["environment"]), fontsize=7, color="#555555")
+            save(figure, folder / file)
+            drawn.append(folder / file)
+    return drawn
+
+
+def colour(name: str, row: dict) -> str:
+    """A backend's colour: the lab's own, or a grey for what it is compared with."""
+    if row["group"] in ("reference", "peer"):
+        return {"fp32-torch": REFERENCE_GREY, "fp32-onnx": ONNX_GREY}.get(name, PEER_GREY)
+    return COLOURS[name.split("-")[0]]
+
+
+def title(row: dict) -> str:
+    return f"{row['name']} {row['precision']}"
+
+
+def draw_speed_up(plt, rows: dict, threads: list[str], measured: dict):
+    """Left: times faster than FP32 PyTorch, with interval; right: labels that agree with it, on the same lines."""
+    close = {name: row["consistency"] for name, row in rows.items() if row.get("consistency")}
+    figure, axes = plt.subplots(
+        1, 1 + bool(close), figsize=(10, 1.6 + 0.42 * len(rows)), sharey=True, layout="constrained", squeeze=False
+    )
+    count, places = threads[0], range(len(rows))
+    speeds = [row["latency"].get(count, {}) for row in rows.values()]
+    values = [speed.get("speed_up", 0) for speed in speeds]
+    errors = [np.abs(np.subtract(s["speed_up_interval"], s["speed_up"])) if "speed_up" in s else (0, 0) for s in speeds]
+    bars = axes[0, 0].barh(places, values, color=[row["colour"] for row in rows.values()], xerr=np.transpose(errors))
+    # Labels stand right of the interval's end, not of the bar's.
+    for bar, value, error in zip(bars, values, errors, strict=True):
+        axes[0, 0].annotate(
+            f"{value:.2f}×",
+            (value + error[1], bar.get_y() + bar.get_height() / 2),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes[0, 0].axvline(1, color="#555555", linewidth=0.8, linestyle=":")
+    axes[0, 0].set_yticks(places, [title(row) for row in rows.values()])
+    axes[0, 0].set_xlim(0, 1.18 * max(value + error[1] for value, error in zip(values, errors, strict=True)))
+    axes[0, 0].set_xlabel("times as fast as FP32 PyTorch")
+    axes[0, 0].set_title(f"Speed, batch 1, {count} thread{'s' * (count != '1')}", loc="left", fontsize=10)
+    axes[0, 0].invert_yaxis()
+    if close:
+        shares = [100 * close[name]["agreement"] if name in close else 0 for name in rows]
+        bars = axes[0, 1].barh(places, shares, color=[row["colour"] for row in rows.values()])
+        axes[0, 1].bar_label(bars, [f"{share:.2f} %" for share in shares], padding=3, fontsize=8)
+        axes[0, 1].set_xlim(0, 118)
+        axes[0, 1].set_xticks(range(0, 101, 20))
+        headlines = next(iter(rows.values()))["quality"]["headlines"]
+        axes[0, 1].set_xlabel("headlines with the same label (%)")
+        axes[0, 1].set_title(f"Agreement with FP32, {headlines} headlines", loc="left", fontsize=10)
+    tidy(axes.flat)
+    return figure
+
+
+def draw_latency(plt, rows: dict, threads: list[str], _measured: dict):
+    """Box from the 25th to the 75th percentile, line at the median, whiskers from the 5th to the 95th."""
+    figure, axes = plt.subplots(
+        1, len(threads), figsize=(10, 1.6 + 0.42 * len(rows)), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, count in zip(axes.flat, threads, strict=True):
+        for place, row in enumerate(rows.values()):
+            if count in row["latency"]:
+                quantiles = row["latency"][count]["quantiles_ms"]
+                low, q1, median, q3, high = (quantiles[percent - 1] for percent in (5, 25, 50, 75, 95))
+                box = {"whislo": low, "q1": q1, "med": median, "q3": q3, "whishi": high}
+                axis.bxp(
+                    [box],
+                    positions=[place],
+                    orientation="horizontal",
+                    widths=0.6,
+                    showfliers=False,
+                    patch_artist=True,
+                    boxprops={"facecolor": row["colour"]},
+                    medianprops={"color": "black"},
+                )
+                axis.annotate(
+                    f"median {median:.2f}", (high, place), (4, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axis.set_yticks(range(len(rows)), [title(row) for row in rows.values()])
+        axis.set_xlim(
+            0, 1.35 * max(row["latency"][count]["quantiles_ms"][94] for row in rows.values() if count in row["latency"])
+        )
+        axis.set_xlabel("ms per headline (5th, 25th, 50th, 75th, 95th percentile)", fontsize=9)
+        axis.set_title(f"{count} thread{'s' * (count != '1')}, batch 1", loc="left", fontsize=10)
+    axes[0, 0].invert_yaxis()
+    tidy(axes.flat)
+    return figure
+
+
+def draw_throughput(plt, rows: dict, threads: list[str], _measured: dict):
+    """Headlines per second over batch size; every line ends with its name, greys are told apart by their dashes."""
+    figure, axes = plt.subplots(1, len(threads), figsize=(10, 4.8), sharey=True, layout="constrained", squeeze=False)
+    markers = "osD^vP*X<>hd"
+    for axis, count in zip(axes.flat, threads, strict=True):
+        for place, row in enumerate(rows.values()):
+            rates = row["throughput"].get(count, {})
+            axis.plot(
+                [int(batch) for batch in rates],
+                list(rates.values()),
+                marker=markers[place % len(markers)],
+                linestyle="--" if row["group"] == "peer" else "-",
+                color=row["colour"],
+                label=title(row),
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([int(batch) for batch in rates], list(rates))
+        axis.set_xlabel("batch size (headlines, sorted by length)")
+        axis.set_title(f"{count} thread{'s' * (count != '1')}", loc="left", fontsize=10)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("headlines per second")
+    tidy(axes.flat)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def draw_size(plt, rows: dict, _threads: list[str], _measured: dict):
+    """Model files in MB."""
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.38 * len(rows)), layout="constrained")
+    sizes = [row["model_mb"] for row in rows.values()]
+    bars = axis.barh(range(len(rows)), sizes, color=[row["colour"] for row in rows.values()])
+    axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8)
+    axis.set_yticks(range(len(rows)), [title(row) for row in rows.values()])
+    axis.set_xlim(0, 1.12 * max(sizes))
+    axis.set_xlabel("model file (MB)")
+    axis.invert_yaxis()
+    tidy([axis])
+    return figure
+
+
+def draw_confusion(plt, rows: dict, _threads: list[str], measured: dict):
+    """Truth by prediction, in headlines, one matrix a backend; shade is the share of the row."""
+    labels = measured["settings"]["labels"]
+    rows, columns, lines = arrange(rows)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1 + 3.6 * columns, 0.8 + 3.5 * lines), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows.values(), strict=False):
+        counts = np.array(row["quality"]["confusion"])
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (line, column), number in np.ndenumerate(counts):
+            if number:
+                ink = "white" if shares[line, column] > 0.5 else "black"
+                axis.text(column, line, number, ha="center", va="center", fontsize=7, color=ink)
+        axis.set_xticks(
+            range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
+        )
+        axis.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+        axis.set_title(title(row), loc="left", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("predicted label (headlines; shade: share of the true label)", fontsize=7)
+    axes[0, 0].set_ylabel("true label")
+    return figure
+
+
+def draw_reliability(plt, rows: dict, _threads: list[str], _measured: dict):
+    """Accuracy over confidence in the bins of the calibration error; dots grow with the bin's count."""
+    rows, columns, lines = arrange(rows)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(1 + 3 * columns, 0.8 + 3 * lines),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows.values(), strict=False):
+        bins = row["quality"]["reliability"]
+        axis.plot([0, 100], [0, 100], color="#555555", linewidth=0.8, linestyle=":")
+        axis.scatter(
+            [100 * b["confidence"] for b in bins],
+            [100 * b["accuracy"] for b in bins],
+            s=[8 + 300 * b["count"] / row["quality"]["headlines"] for b in bins],
+            color=row["colour"],
+            alpha=0.8,
+        )
+        axis.set_title(f"{title(row)}\nECE {100 * row['quality']['ece']:.1f} %", loc="left", fontsize=9)
+        axis.set_xlim(0, 105)
+        axis.set_ylim(0, 105)
+        axis.set_aspect("equal")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("correct (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("confidence (%)")
+    tidy(axes.flat)
+    return figure
+
+
+def arrange(rows: dict) -> tuple[dict, int, int]:
+    """The rows worth a panel each, FP32 and the lab's own, and the columns and lines to set them in."""
+    rows = {name: row for name, row in rows.items() if name == results.REFERENCE or row["group"] in ("lab", "check")}
+    columns = min(4, len(rows))
+    return rows, columns, -(-len(rows) // columns)
+
+
+def tidy(axes) -> None:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)

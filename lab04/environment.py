@@ -1,0 +1,127 @@
+"""The machine and the software a result was measured with, found without being asked."""
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lab04 import artefact
+from lab04.classifier import ROOT
+
+# What decides which INT8 kernels run: 8-bit dot products (VNNI, AMX, dotprod, i8mm) or none (plain AVX2).
+ISA_FLAGS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx512_bf16": "AVX512-BF16",
+    "amx_int8": "AMX-INT8",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+}
+# Virtual machines hide the model name ("AMD EPYC"); family and model number still tell the generation.
+ZEN = {23: [(0, "Zen1"), (0x30, "Zen2")], 25: [(0, "Zen3"), (0x10, "Zen4"), (0x20, "Zen3"), (0x60, "Zen4")]}
+ZEN[26] = [(0, "Zen5")]
+LIBRARIES = (*artefact.LIBRARIES, "optimum-onnx", "tokenizers", "scikit-learn", "scipy")
+PEER_LIBRARIES = ("sentence-transformers", "openvino", "nncf", "ctranslate2")
+
+
+def describe() -> dict:
+    """CPU, instruction sets, cores, memory, GPU, operating system, libraries, git commit: plain JSON values."""
+    import psutil
+
+    cpu = read_cpu()
+    return {
+        "cpu": cpu["name"],
+        "isa": [name for flag, name in ISA_FLAGS.items() if flag in cpu["flags"]],
+        "cores": usable_cores(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu": find_gpu(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+        "git": describe_commit(),
+    }
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
+    """Name and flags of the first CPU, from Linux's cpuinfo or what Python knows."""
+    fields = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core|@.*", " ", name)
+    if fields.get("vendor_id") == "AuthenticAMD":
+        model = int(fields["model"])
+        steps = [zen for first, zen in ZEN.get(int(fields["cpu family"]), []) if first <= model]
+        name += " " + "".join(steps[-1:])
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {"name": " ".join(name.split()), "flags": flags}
+
+
+def find_gpu() -> str | None:
+    """Name and driver of the first NVIDIA GPU, or None."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return output.splitlines()[0] if output else None
+    return None
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of every library that a figure depends on."""
+    versions = {}
+    for name in (*LIBRARIES, *PEER_LIBRARIES):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def describe_commit() -> dict | None:
+    """The commit of this checkout, and whether tracked files differ from it; None outside git."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        # Results of earlier runs are no part of what is measured.
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md")
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes.strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def folder_name(environment: dict, tag: str = "") -> str:
+    """Name of a results folder: the hardware, then the tag, as in `amd-epyc-zen4-2-cores-bert-base`."""
+    words = f"{environment['cpu']} {environment['gpu'] or ''} {environment['cores']} cores {tag}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def one_line(environment: dict) -> str:
+    """The hardware in one line, for the foot of charts and tables."""
+    isa = ", ".join(environment["isa"]) or "no INT8 instructions known"
+    gpu = f"; GPU {environment['gpu']}" if environment["gpu"] else ""
+    return f"{environment['cpu']}, {environment['cores']} cores, {isa}, {environment['memory_gb']:.0f} GB{gpu}"
+
+
+def stolen_share(before: dict, after: dict) -> float | None:
+    """Share of CPU time between two `cpu_times` that the hypervisor gave to other machines; None if it cannot tell."""
+    total = sum(after.values()) - sum(before.values())
+    return (after["steal"] - before["steal"]) / total if total > 0 and "steal" in after else None
+
+
+def cpu_times() -> dict:
+    """Seconds of CPU time since boot by kind, over all cores."""
+    import psutil
+
+    return psutil.cpu_times()._asdict()

@@ -1,0 +1,234 @@
+"""README.md's figures: every one is written by this module from results/*/results.json.
+
+    <!-- results:FOLDER/TABLE --> … <!-- /results -->             one of TABLES, from results/FOLDER/results.json
+    <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
+
+`python benchmark.py --readme` fills them in; a test fails when README.md says anything else.
+"""
+
+import re
+from pathlib import Path
+
+from lab04 import LabError, environment, results
+
+BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
+NOT_MEASURED = "–"
+
+# The course lab this one follows, as its README states it: BERT-base, machine not named.
+ORIGINAL = {
+    "torch": ("PyTorch Quantised", 174, "~400", "3/3"),
+    "onnxruntime": ("ONNX Quantised", 106, "~13", "3/3"),
+    "tensorrt": ("TensorRT", 211, "~4", "0/3"),
+}
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with the content of every marked block made anew from the results below `root`."""
+
+    def replace(match: re.Match) -> str:
+        opening, folder, what, _, closing = match.groups()
+        measured = results.load(root / folder)
+        if what in TABLES:
+            return f"{opening}\n{TABLES[what](measured)}\n{closing}"
+        return f"{opening}{value(measured, what)}{closing}"
+
+    return BLOCK.sub(replace, text)
+
+
+def value(measured: dict, path: str) -> str:
+    """One value of results.json by dotted path and format: `backends.torch-int8.model_mb:.1f`."""
+    keys, _, form = path.partition(":")
+    found = measured
+    try:
+        for key in keys.split("."):
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        return format(found, form)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LabError(
+            f"README.md asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
+        ) from error
+
+
+# --- Tables -----------------------------------------------------------------------------------------------
+
+
+def hardware(measured: dict) -> str:
+    """One paragraph: machine, software, data, and how quiet the machine was."""
+    here, settings, load = measured["environment"], measured["settings"], measured["load"] or {}
+    libraries = ", ".join(
+        f"{name} {here['libraries'][name]}"
+        for name in ("torch", "onnxruntime", "transformers")
+        if name in here["libraries"]
+    )
+    commit = (
+        f"commit {here['git']['commit'][:10]}{' with changes' * here['git']['dirty']}" if here["git"] else "no commit"
+    )
+    stolen = load.get("stolen_share")
+    quiet = "" if stolen is None else f" Other virtual machines took {stolen:.1%} of its time during the run."
+    data = (
+        "random weights, speed only"
+        if settings["random_weights"]
+        else f"{settings['data']}, {settings['headlines']} headlines"
+    )
+    return (
+        f"Measured on {environment.one_line(here)}; {here['os']}; Python {here['python']}, {libraries}; {commit}; "
+        f"weights {settings['weights_sha256'][:10]}; {data}{'; a quick run' * settings['quick']}.{quiet}"
+    )
+
+
+def summary(measured: dict) -> str:
+    """Size, latency and speed-up at the first thread count, beside agreement and macro-F1. Never speed alone."""
+    threads, random_weights = str(measured["settings"]["threads"][0]), measured["settings"]["random_weights"]
+    rows = []
+    for row in measured["backends"].values():
+        speed, quality, close = row["latency"].get(threads), row.get("quality"), row.get("consistency")
+        cells = [row["name"], row["precision"], figure(row["model_mb"], ".1f")]
+        cells += (
+            [figure(speed["p50_ms"], ".2f"), figure(speed["p95_ms"], ".2f"), ratio(speed)]
+            if speed
+            else [NOT_MEASURED] * 3
+        )
+        if not random_weights:
+            cells += [
+                f"{close['agreement']:.2%}" if close else NOT_MEASURED,
+                str(close["changed"]) if close else NOT_MEASURED,
+            ]
+            cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
+        if row["reason"]:
+            cells[-1] = row["reason"]
+        rows.append(cells)
+    plural = "s" * (threads != "1")
+    head = ["backend", "precision", "size (MB)", f"p50 (ms), {threads} thread{plural}", "p95 (ms)", "× FP32 PyTorch"]
+    return table(head + [] * random_weights + ["agrees with FP32", "changed", "macro-F1"] * (not random_weights), rows)
+
+
+def latency(measured: dict) -> str:
+    """Every percentile at every thread count, with intervals."""
+    rows = [
+        [row["name"], row["precision"], threads]
+        + [f"{speed['p50_ms']:.2f} ({span(speed['p50_interval_ms'], '.2f')})"]
+        + [f"{speed[key]:.2f}" for key in ("p90_ms", "p95_ms", "p99_ms", "min_ms")]
+        + [f"{ratio(speed)} ({span(speed['speed_up_interval'], '.2f')})", str(speed["samples"])]
+        for row in measured["backends"].values()
+        for threads, speed in row["latency"].items()
+    ]
+    head = ["backend", "precision", "threads", "p50 (ms)", "p90", "p95", "p99", "min", "× FP32 PyTorch", "n"]
+    return table(head, rows)
+
+
+def quality(measured: dict) -> str:
+    """Accuracy, macro-F1 and calibration, with 95 % intervals in percent."""
+    rows = [
+        [row["name"], row["precision"]]
+        + [f"{100 * q['macro_f1']:.1f} ({span(q['macro_f1_interval'], '.1f', 100)})"]
+        + [f"{100 * q['accuracy']:.1f} ({span(q['accuracy_interval'], '.1f', 100)})", f"{100 * q['ece']:.1f}"]
+        for row in measured["backends"].values()
+        if (q := row.get("quality"))
+    ]
+    return table(["backend", "precision", "macro-F1 (95 %)", "accuracy % (95 %)", "ECE %"], rows)
+
+
+def labels(measured: dict) -> str:
+    """F1 of every label and backend, in percent."""
+    scored = [row for row in measured["backends"].values() if row.get("quality")]
+    names = scored[0]["quality"]["f1"] if scored else {}
+    rows = [[name] + [f"{100 * row['quality']['f1'][name]:.1f}" for row in scored] for name in names]
+    return table(["label"] + [f"{row['name']} {row['precision']}" for row in scored], rows)
+
+
+def consistency(measured: dict) -> str:
+    """What each backend changed against the FP32 weights."""
+    rows = [
+        [row["name"], row["precision"]]
+        + [f"{c['agreement']:.2%} ({span(c['agreement_interval'], '.2f', 100)})", str(c["changed"])]
+        + [f"{c['right_to_wrong']} / {c['wrong_to_right']}", f"{c['mcnemar_p']:.2f}"]
+        + [f"{100 * c['macro_f1_change']:+.2f} ({span(c['macro_f1_change_interval'], '+.2f', 100)})"]
+        + [f"{c['mean_change']:.4f} / {c['max_change']:.4f}", f"{c['kl']:.1e}"]
+        for name, row in measured["backends"].items()
+        if (c := row.get("consistency")) and name != results.REFERENCE
+    ]
+    head = ["backend", "precision", "agreement (95 %)", "changed", "right→wrong / wrong→right", "McNemar p"]
+    return table([*head, "macro-F1 change (95 %)", "probability change, mean / max", "KL (nats)"], rows)
+
+
+def throughput(measured: dict) -> str:
+    """Headlines per second by batch size and thread count."""
+    batches = [str(batch) for batch in measured["settings"]["amounts"]["batches"]]
+    rows = [
+        [row["name"], row["precision"], threads] + [figure(rates.get(batch), ".0f") for batch in batches]
+        for row in measured["backends"].values()
+        for threads, rates in row["throughput"].items()
+    ]
+    return table(["backend", "precision", "threads"] + [f"batch {batch}" for batch in batches], rows)
+
+
+def cold_start(measured: dict) -> str:
+    """From a fresh process to its first prediction, in seconds, and its peak memory."""
+    rows = [
+        [row["name"], row["precision"]]
+        + [f"{c[key] / 1e3:.2f}" for key in ("total_ms", "process_ms", "imports_ms", "load_ms", "first_ms")]
+        + [f"{c['memory_mb']:.0f}"]
+        for row in measured["backends"].values()
+        if (c := row["cold_start"])
+    ]
+    head = ["backend", "precision", "first prediction (s)", "process", "imports", "load", "first call"]
+    return table([*head, "peak memory (MB)"], rows)
+
+
+def original(measured: dict) -> str:
+    """The course lab's own table, beside this run's rows for the same three backends."""
+    threads = str(measured["settings"]["threads"][0])
+    rows = []
+    for kind, (name, size, milliseconds, correct) in ORIGINAL.items():
+        found = next(
+            (row for key, row in measured["backends"].items() if key.startswith(kind) and row["group"] == "lab"), {}
+        )
+        ours = figure(found.get("latency", {}).get(threads, {}).get("p50_ms"), ".1f")
+        rows.append(
+            [name, str(size), figure(found.get("model_mb"), ".1f"), milliseconds]
+            + [f"{ours} ({found['reason']})" if found.get("reason") else ours, correct]
+        )
+    head = ["backend", "size, original (MB)", "size here (MB)", "latency, original (ms)", "p50 here (ms)"]
+    return table([*head, "correct, original"], rows)
+
+
+TABLES = {
+    "hardware": hardware,
+    "summary": summary,
+    "latency": latency,
+    "quality": quality,
+    "labels": labels,
+    "consistency": consistency,
+    "throughput": throughput,
+    "cold-start": cold_start,
+    "original": original,
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, padded so that it reads as plain text too; columns of figures are right-aligned."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    right = [column > 0 and any(row[column][:1].isdigit() for row in rows) for column in range(len(head))]
+    lines = [head, ["-" * (width - flush) + ":" * flush for width, flush in zip(widths, right, strict=True)], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            f"{cell:{'>' if flush else '<'}{width}}" for cell, width, flush in zip(line, widths, right, strict=True)
+        )
+        + " |"
+        for line in lines
+    )
+
+
+def figure(number: float | None, form: str) -> str:
+    return NOT_MEASURED if number is None else format(number, form)
+
+
+def span(interval: list[float], form: str, scale: float = 1) -> str:
+    """A 95 % interval as `low to high`."""
+    return " to ".join(format(scale * end, form) for end in interval)
+
+
+def ratio(speed: dict) -> str:
+    return f"{speed['speed_up']:.2f}×" if "speed_up" in speed else NOT_MEASURED

@@ -1,0 +1,200 @@
+"""From raw measurements to results.json and CSV.
+
+A run appends each finished piece of work to journal.jsonl, one JSON object a line; everything else in a results
+folder is derived from that file, so an interrupted run loses at most the piece it was in the middle of.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from lab04 import LabError, artefact, measures
+
+FORMAT = 1
+JOURNAL, RESULTS = "journal.jsonl", "results.json"
+REFERENCE = "fp32-torch"  # every speed-up and every agreement is against this row
+
+
+class Journal:
+    """The finished pieces of a run, in memory and on disk. A torn last line, from a killed run, is dropped."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries = path, []
+        if path.exists():
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    self.entries.append(json.loads(line))
+                except ValueError:
+                    break
+            self._rewrite()
+
+    def append(self, unit: str, **fields) -> None:
+        """Add a piece of work, on disk before this returns."""
+        self.entries.append({"unit": unit, **fields})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.entries[-1]) + "\n")
+
+    def find(self, unit: str, **fields) -> list[dict]:
+        """The entries of a kind whose fields have these values."""
+        return [
+            entry
+            for entry in self.entries
+            if entry["unit"] == unit and all(entry[name] == value for name, value in fields.items())
+        ]
+
+    def start_again(self) -> None:
+        """Forget everything."""
+        self.entries = []
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+
+
+def summarise(journal: Journal) -> dict:
+    """results.json of a journal: settings, environment, and every measure of every backend that has it so far."""
+    [start] = journal.find("start")
+    truth = np.array(start["truth"])
+    logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
+    failures = {entry["id"]: entry["reason"] for entry in journal.find("failed")}
+    rows = {}
+    for backend in journal.find("backend"):
+        name = backend["id"]
+        row = rows[name] = {key: value for key, value in backend.items() if key not in ("unit", "id")}
+        row["reason"] = failures.get(name)
+        if name in logits:
+            row["quality"] = measures.quality(truth, logits[name], start["settings"]["labels"])
+            if REFERENCE in logits:
+                row["consistency"] = measures.consistency(logits[REFERENCE], logits[name], truth)
+        row["latency"] = summarise_latency(journal, name)
+        row["throughput"] = summarise_throughput(journal, name)
+        row["cold_start"] = summarise_cold_starts(journal, name)
+    tokenisation = journal.find("tokenisation")
+    return {
+        "format": FORMAT,
+        "finished": bool(journal.find("end")),
+        "settings": start["settings"],
+        "environment": start["environment"],
+        "load": (journal.find("end") or [{}])[-1].get("load"),
+        "tokenisation": measures.latency([tokenisation[0]["ms"]]) if tokenisation else None,
+        "backends": rows,
+    }
+
+
+def summarise_latency(journal: Journal, name: str) -> dict:
+    """Per thread count: `measures.latency`, and the speed-up over the reference in the rounds both ran."""
+    by_threads = defaultdict(list)
+    for entry in journal.find("latency"):
+        if name in entry["ms"]:
+            by_threads[str(entry["threads"])].append((entry["ms"].get(REFERENCE), entry["ms"][name]))
+    summary = {}
+    for threads, rounds in by_threads.items():
+        summary[threads] = measures.latency([samples for _, samples in rounds])
+        both = [(reference, samples) for reference, samples in rounds if reference]
+        if both:
+            summary[threads] |= measures.speed_up([a for a, _ in both], [b for _, b in both])
+    return summary
+
+
+def summarise_throughput(journal: Journal, name: str) -> dict:
+    """Per thread count and batch size: the median over rounds of headlines per second."""
+    samples = defaultdict(lambda: defaultdict(list))
+    for entry in journal.find("throughput"):
+        for batch, per_second in entry["per_second"].get(name, {}).items():
+            samples[str(entry["threads"])][batch].append(per_second)
+    return {
+        threads: {batch: float(np.median(batches[batch])) for batch in sorted(batches, key=int)}
+        for threads, batches in samples.items()
+    }
+
+
+def summarise_cold_starts(journal: Journal, name: str) -> dict | None:
+    """Medians over fresh processes: ms from start to first prediction, its parts, and the peak memory in MB."""
+    entries = journal.find("cold_start", id=name)
+    if not entries:
+        return None
+    parts = ("total_ms", "process_ms", "imports_ms", "load_ms", "first_ms", "memory_mb")
+    return {part: float(np.median([e[part] for e in entries])) for part in parts} | {"processes": len(entries)}
+
+
+def write(folder: Path, journal: Journal) -> dict:
+    """Write results.json and the CSV files of a journal; return the results."""
+    results = summarise(journal)
+    try:
+        save_json(folder / RESULTS, results)
+        write_csv(folder / "summary.csv", summary_rows(results))
+        write_csv(folder / "throughput.csv", throughput_rows(results))
+        write_csv(folder / "latency.csv", sample_rows(journal))
+    except OSError as error:
+        raise LabError(f"cannot write {folder}: {error.strerror}") from error
+    return results
+
+
+def load(folder: Path) -> dict:
+    """results.json of a folder. Raises LabError if it is missing or of another format."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if results["format"] != FORMAT:
+            raise ValueError(f"format {results['format']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"no readable {folder / RESULTS} ({error}): run python benchmark.py") from error
+    return results
+
+
+def save_json(path: Path, value: dict) -> None:
+    """Write JSON in place of a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(artefact.render(value), encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows that share their keys, which become the header; no rows, no file."""
+    if rows:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def summary_rows(results: dict) -> list[dict]:
+    """One row per backend and thread count with every single-valued measure; empty where not measured."""
+    rows = []
+    for name, row in results["backends"].items():
+        for threads in map(str, results["settings"]["threads"]):
+            speed, quality = row["latency"].get(threads, {}), row.get("quality", {})
+            close, cold = row.get("consistency", {}), row["cold_start"] or {}
+            rows.append(
+                {"backend": name, "precision": row["precision"], "threads": threads, "model_mb": row["model_mb"]}
+                | {key: speed.get(key) for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "min_ms", "samples")}
+                | {key: speed.get(key) for key in ("speed_up",)}
+                | {key: quality.get(key) for key in ("headlines", "accuracy", "macro_f1", "ece")}
+                | {key: close.get(key) for key in ("agreement", "changed", "right_to_wrong", "wrong_to_right")}
+                | {key: close.get(key) for key in ("mcnemar_p", "mean_change", "max_change", "kl", "loyalty")}
+                | {key: cold.get(key) for key in ("total_ms", "imports_ms", "load_ms", "first_ms", "memory_mb")}
+                | {"reason": row["reason"]}
+            )
+    return rows
+
+
+def throughput_rows(results: dict) -> list[dict]:
+    """One row per backend, thread count and batch size."""
+    return [
+        {"backend": name, "threads": threads, "batch": batch, "headlines_per_second": round(rate, 2)}
+        for name, row in results["backends"].items()
+        for threads, batches in row["throughput"].items()
+        for batch, rate in batches.items()
+    ]
+
+
+def sample_rows(journal: Journal) -> list[dict]:
+    """Every timed call: where and when it ran, how many tokens the headline has, how long it took."""
+    return [
+        {"threads": e["threads"], "round": e["round"], "backend": name, "tokens": tokens, "ms": round(ms, 4)}
+        for e in journal.find("latency")
+        for name, samples in e["ms"].items()
+        for tokens, ms in zip(e["tokens"], samples, strict=True)
+    ]
