@@ -28,7 +28,7 @@ ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "
 
 # --- How much is measured ---------------------------------------------------------------------------------
 FULL = {
-    "rounds": 40,  # of latency; the round is the unit that intervals resample
+    "rounds": 80,  # of latency; the round is the unit that intervals resample
     "headlines_per_round": 25,
     "warm_ups": 3,  # calls before each round's block: another process had the caches
     "latency_seconds": 150,  # per thread count; reached after at least `minimum_rounds`, no further round starts
@@ -174,7 +174,7 @@ class Run:
             worker.ask("export", model=model, reference=str(self.reference))
         exported = artefact.load(self.reference)
         built, missing = load_artefacts(arguments.artefacts)
-        artefact.check_together([exported, *built])
+        check_origin(exported, built, arguments.model)
         self.texts, truth = headlines.read_labelled(arguments.data, exported.labels)
         chosen = random.Random(self.seed).sample(range(len(truth)), len(truth))[: self.amounts["quality_headlines"]]
         self.quality_texts = [self.texts[index] for index in sorted(chosen)]
@@ -419,6 +419,15 @@ def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact],
     return built, missing
 
 
+def check_origin(exported: artefact.Artefact, built: list[artefact.Artefact], model: str) -> None:
+    """Raise LabError unless every artefact comes from the FP32 weights that it will be compared with."""
+    for folder in built:
+        if folder.manifest["weights_sha256"] != exported.manifest["weights_sha256"]:
+            command = f"python {artefact.BUILDERS[folder.backend]} --model {model} --output {folder.folder}"
+            raise LabError(f"{folder.folder} was built from other weights than {model}: run {command}")
+    artefact.check_together([exported, *built])
+
+
 def open_journal(folder: Path, settings: dict, arguments: argparse.Namespace) -> results.Journal:
     """The journal of a results folder, empty unless --resume. Raises LabError rather than lose or mix measurements."""
     try:
@@ -453,8 +462,8 @@ def report(folder: Path, journal: results.Journal) -> None:
     written = benchmark_charts.save_all(folder, measured)
     print(f"\n{environment.one_line(measured['environment'])}\n")
     print(readme.summary(measured))
-    print(f"\nWrote {folder / results.RESULTS}, 3 CSV files and {len(written)} charts beside it")
-    print("Next: python benchmark.py --readme")
+    print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
+    print(f"Next: python benchmark.py {'--readme' if measured['finished'] else '--resume'}")
 
 
 if __name__ == "__main__":

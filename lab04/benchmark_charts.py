@@ -130,7 +130,7 @@ def draw_latency(plt, rows: dict, threads: list[str], _measured: dict):
 
 
 def draw_throughput(plt, rows: dict, threads: list[str], _measured: dict):
-    """Headlines per second over batch size; every line ends with its name, greys are told apart by their dashes."""
+    """Headlines per second over batch size; greys are told apart by their markers."""
     figure, axes = plt.subplots(1, len(threads), figsize=(10, 4.8), sharey=True, layout="constrained", squeeze=False)
     markers = "osD^vP*X<>hd"
     for axis, count in zip(axes.flat, threads, strict=True):

@@ -78,28 +78,26 @@ def hardware(measured: dict) -> str:
 
 def summary(measured: dict) -> str:
     """Size, latency and speed-up at the first thread count, beside agreement and macro-F1. Never speed alone."""
-    threads, random_weights = str(measured["settings"]["threads"][0]), measured["settings"]["random_weights"]
+    settings = measured["settings"]
+    threads, scored = str(settings["threads"][0]), not settings["random_weights"]
     rows = []
     for row in measured["backends"].values():
         speed, quality, close = row["latency"].get(threads), row.get("quality"), row.get("consistency")
-        cells = [row["name"], row["precision"], figure(row["model_mb"], ".1f")]
-        cells += (
-            [figure(speed["p50_ms"], ".2f"), figure(speed["p95_ms"], ".2f"), ratio(speed)]
-            if speed
-            else [NOT_MEASURED] * 3
-        )
-        if not random_weights:
-            cells += [
-                f"{close['agreement']:.2%}" if close else NOT_MEASURED,
-                str(close["changed"]) if close else NOT_MEASURED,
-            ]
+        cells = [f"{row['name']} {row['precision']}", figure(row["model_mb"], ".1f")]
+        cells += [f"{speed['p50_ms']:.2f}", f"{speed['p95_ms']:.2f}", ratio(speed)] if speed else [NOT_MEASURED] * 3
+        if scored:
+            cells += [f"{close['agreement']:.2%}", str(close["changed"])] if close else [NOT_MEASURED] * 2
             cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
         if row["reason"]:
             cells[-1] = row["reason"]
         rows.append(cells)
-    plural = "s" * (threads != "1")
-    head = ["backend", "precision", "size (MB)", f"p50 (ms), {threads} thread{plural}", "p95 (ms)", "× FP32 PyTorch"]
-    return table(head + [] * random_weights + ["agrees with FP32", "changed", "macro-F1"] * (not random_weights), rows)
+    head = ["backend", "size (MB)", "p50 (ms)", "p95 (ms)", "speed"]
+    note = f"Batch 1, {threads} thread{'s' * (threads != '1')}, tokenisation apart; speed against FP32 PyTorch in the same rounds"
+    if not scored:
+        return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown."
+    headlines = rows and next(iter(measured["backends"].values())).get("quality", {}).get("headlines", 0)
+    note += f"; agreement and changed labels against FP32 on {headlines} headlines."
+    return f"{table([*head, 'agreement', 'changed', 'macro-F1'], rows)}\n\n{note}"
 
 
 def latency(measured: dict) -> str:
@@ -208,7 +206,8 @@ TABLES = {
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, padded so that it reads as plain text too; columns of figures are right-aligned."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    # A reason in a cell runs past the column rather than widen it.
+    widths = [max(len(row[column]) for row in [head, *rows] if len(row[column]) < 40) for column in range(len(head))]
     right = [column > 0 and any(row[column][:1].isdigit() for row in rows) for column in range(len(head))]
     lines = [head, ["-" * (width - flush) + ":" * flush for width, flush in zip(widths, right, strict=True)], *rows]
     return "\n".join(

@@ -1,0 +1,360 @@
+"""benchmark.py on small random models: file formats, the whole run, resuming, rows that cannot be measured."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+import benchmark
+from lab04 import LabError, artefact, backends, environment, headlines, lab, peers, readme, results, worker
+
+LABELS = [f"topic {index}" for index in range(9)]  # those of the random models
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Forty of the lab's headlines under the labels of the random models."""
+    path = tmp_path_factory.mktemp("data") / "headlines.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("text", "label"), *((text, LABELS[row % 9]) for row, text in enumerate(lab.test_texts()[:40]))]
+        )
+    return path
+
+
+# --- Labelled headlines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plain.csv", "text,label\nShares fall,Business\n\nCup final,Sports\n"),
+        ("more-columns.csv", "month,label,text\n2023,Business,Shares fall\n2023,Sports, Cup final \n"),
+        ("byte-order-mark.csv", "\ufefftext,label\nShares fall,Business\nCup final,Sports\n"),
+        ("ag-news.csv", "label,title,description\nBusiness,Shares fall,Why\nSports,Cup final,When\n"),
+        ("ag-news-numbers.csv", '"3","Shares fall","Why"\n"2","Cup final","When"\n'),
+        ("rows.jsonl", '{"text": "Shares fall", "label": "Business"}\n\n{"text": "Cup final", "label": "Sports"}\n'),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert headlines.read_labelled(path, ["World", "Sports", "Business"]) == (["Shares fall", "Cup final"], [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("label.csv", b"text,label\nA,World\nB,Weather\n", "line 3: label 'Weather' is not one of the model's: World"),
+        ("class.csv", b"4,A,B\n", "line 1: label 'Sci/Tech'"),
+        ("empty.csv", b"", "names no columns"),
+        ("header-only.csv", b"text,label\n", "no headlines"),
+        ("columns.csv", b"headline,topic\nA,World\n", "names no columns text,label"),
+        ("short.csv", b"text,label\nA\n", "line 2 has 1 of 2 columns"),
+        ("blank.csv", b"text,label\n ,World\n", "line 2: empty headline"),
+        ("quote.csv", b'text,label\n"A,World\n', "cannot read"),
+        ("latin.csv", b"text,label\nCaf\xe9,World\n", "cannot read"),
+        ("rows.jsonl", b'{"text": "A", "label": "World"}\n{"text": "B"}\n', "line 2"),
+        ("rows.jsonl", b"not json\n", "line 1"),
+    ],
+)
+def test_unreadable_data(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabError, match=message) as error:
+        headlines.read_labelled(tmp_path / name, ["World", "Sports"])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(LabError, match="No such file"):
+        headlines.read_labelled(tmp_path / "none.csv", ["World"])
+
+
+# --- A whole run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def quick_run(model_folder, artefact_folder, data, tmp_path_factory):
+    """`benchmark.py --quick` as a user runs it, on the three artefacts of one model: its process and results folder."""
+    output = tmp_path_factory.mktemp("results")
+    built = [artefact_folder(backend) for backend in ("torch", "onnx", "tensorrt")]
+    arguments = ["--artefacts", *built, "--model", model_folder("bert", 9, 0), "--data", data, "--output", output]
+    process = run_script("benchmark.py", "--quick", *arguments)
+    assert process.returncode == 0, process.stderr
+    [folder] = output.iterdir()
+    return process, folder
+
+
+def test_quick_run_measures_everything(quick_run):
+    _, folder = quick_run
+    measured = results.load(folder)
+    assert measured["finished"]
+    assert list(measured["backends"])[:4] == ["fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8"]
+    for name in list(measured["backends"])[:4]:
+        row = measured["backends"][name]
+        assert row["reason"] is None
+        assert row["quality"]["headlines"] == 40
+        speed = row["latency"]["1"]
+        assert 0 < speed["min_ms"] <= speed["p50_ms"] <= speed["p90_ms"] <= speed["p95_ms"] <= speed["p99_ms"]
+        assert list(row["throughput"]["1"]) == ["1", "8", "32"]
+        cold = row["cold_start"]
+        parts = sum(cold[key] for key in ("process_ms", "imports_ms", "load_ms", "first_ms"))
+        assert cold["total_ms"] == pytest.approx(parts)
+        assert cold["memory_mb"] > 20
+        assert row["model_mb"] > 0
+    reference = measured["backends"]["fp32-torch"]
+    assert reference["latency"]["1"]["speed_up"] == 1
+    assert reference["consistency"]["agreement"] == 1
+    assert measured["backends"]["fp32-onnx"]["consistency"]["max_change"] < 1e-4
+    assert measured["tokenisation"]["p50_ms"] > 0
+
+
+def test_tensorrt_without_gpu_is_a_row_with_its_reason(quick_run):
+    measured = results.load(quick_run[1])
+    engine, graph = measured["backends"]["tensorrt-fp16"], measured["backends"]["tensorrt-fp16-graph"]
+    if not engine["latency"]:
+        assert engine["reason"]
+        assert engine["reason"] in quick_run[0].stdout
+    assert graph["consistency"]["agreement"] == 1
+    assert graph["latency"] == graph["throughput"] == {} and graph["cold_start"] is None, "no speed is claimed for it"
+
+
+def test_results_know_their_origin(quick_run, model_folder, artefact_folder):
+    measured = results.load(quick_run[1])
+    assert measured["settings"]["weights_sha256"] == artefact.load(artefact_folder("torch")).manifest["weights_sha256"]
+    here = measured["environment"]
+    assert here["cpu"] and here["cores"] >= 1 and here["libraries"]["torch"]
+    assert quick_run[1].name == environment.folder_name(here)
+
+
+def test_files_of_a_run(quick_run):
+    process, folder = quick_run
+    for name in ("speed-up", "latency", "throughput", "size", "confusion", "reliability"):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    with (folder / "latency.csv").open() as file:
+        samples = list(csv.DictReader(file))
+    measured = results.load(folder)
+    times = [float(row["ms"]) for row in samples if row["backend"] == "torch-int8"]
+    assert np.median(times) == pytest.approx(measured["backends"]["torch-int8"]["latency"]["1"]["p50_ms"], abs=1e-3)
+    with (folder / "summary.csv").open() as file:
+        assert {row["backend"] for row in csv.DictReader(file)} == set(measured["backends"])
+    texts = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".csv"))
+    assert not any(text in texts for text in lab.test_texts()[:40]), "results never contain the data"
+    assert "1.00×" in process.stdout
+    assert process.stdout.splitlines()[-2].startswith("Wrote ")
+    assert process.stderr == ""
+
+
+def test_redraw_gives_the_same_results(quick_run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(quick_run[1] / results.JOURNAL, copy)
+    assert run_script("benchmark.py", "--redraw", copy).returncode == 0
+    assert results.load(copy) == results.load(quick_run[1])
+
+
+# --- Interruptions, in this process for speed -------------------------------------------------------------
+
+
+class InProcess:
+    """Stands in for benchmark.Process: the same commands, carried out here; `limit` more are answered."""
+
+    limit = float("inf")
+    asked = 0
+
+    def __init__(self, _log, _threads=1):
+        self.worker = worker.Worker()
+
+    def ask(self, do, **fields):
+        InProcess.asked += 1
+        if InProcess.asked > InProcess.limit:
+            raise KeyboardInterrupt
+        return getattr(self.worker, do)(**json.loads(json.dumps(fields)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def run_here(monkeypatch, model_folder, artefact_folder, data, tmp_path):
+    """`run_here(*arguments, limit=n)`: a tiny run in this process that Ctrl-C ends after n commands."""
+    small = benchmark.QUICK | {"rounds": 2, "headlines_per_round": 2, "batches": [1, 2], "throughput_headlines": 4}
+    monkeypatch.setattr(benchmark, "QUICK", small)
+    monkeypatch.setattr(benchmark, "Process", InProcess)
+
+    def run(*arguments, limit=float("inf")):
+        InProcess.limit, InProcess.asked = limit, 0
+        fixed = [
+            "--quick",
+            "--artefacts",
+            artefact_folder("onnx"),
+            "--model",
+            model_folder("bert", 9, 0),
+            "--data",
+            data,
+        ]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, [*fixed, "--output", tmp_path, *arguments])])
+        benchmark.main()
+        return read_run(tmp_path)
+
+    return run
+
+
+def read_run(output):
+    [folder] = output.iterdir()
+    return results.Journal(folder / results.JOURNAL).entries, results.load(folder)
+
+
+def test_resume_keeps_what_was_measured(run_here, tmp_path):
+    with pytest.raises(LabError, match="go on with --resume") as stopped:
+        run_here(limit=14)
+    assert stopped.value.exit_code == 130
+    before, measured = read_run(tmp_path)
+    assert not measured["finished"]
+    assert measured["backends"]["fp32-torch"]["quality"], "results.json has what there was"
+
+    with pytest.raises(LabError, match="interrupted run"):
+        run_here()
+    with pytest.raises(LabError, match="other seed"):
+        run_here("--resume", "--seed", "1")
+    # A kill in the middle of a write leaves half a line.
+    [folder] = tmp_path.iterdir()
+    with (folder / results.JOURNAL).open("a") as file:
+        file.write('{"unit": "latency", "thr')
+
+    after, measured = run_here("--resume")
+    assert measured["finished"]
+    assert after[: len(before)] == before
+    units = [(entry["unit"], entry.get("id"), entry.get("threads"), entry.get("round")) for entry in after]
+    assert len(units) == len(set(units)), "nothing was measured twice"
+    assert measured["backends"]["onnxruntime-int8"]["latency"]["1"]["rounds"] == 2
+
+
+def test_force_discards(run_here, tmp_path):
+    with pytest.raises(LabError):
+        run_here(limit=8)
+    _, measured = run_here("--force", "--seed", "5")
+    assert measured["finished"] and measured["settings"]["seed"] == 5
+
+
+def test_random_weights_show_no_quality(run_here):
+    _, measured = run_here("--random-weights")
+    assert not any("quality" in row or "consistency" in row for row in measured["backends"].values())
+    assert "macro-F1" not in readme.summary(measured)
+
+
+def test_a_peer_that_cannot_run_is_a_row(run_here, monkeypatch):
+    def fail(_reference, _output):
+        raise backends.Unavailable("needs a larger machine")
+
+    broken = peers.Peer("Broken", "INT8", (), fail, None)
+    monkeypatch.setattr(peers, "PEERS", {"broken": broken})
+    _, measured = run_here("--peers")
+    assert measured["backends"]["broken"]["reason"] == "needs a larger machine"
+    assert "needs a larger machine" in readme.summary(measured)
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------
+
+
+def test_other_weights_are_refused(run_here, model_folder):
+    with pytest.raises(LabError, match="built from other weights"):
+        run_here("--model", model_folder("bert", 9, 7))
+
+
+def test_unknown_peer_is_refused(run_here):
+    with pytest.raises(LabError, match="unknown peer 'none': choose from torch-tutorial"):
+        run_here("--peers", "none")
+
+
+def test_worker_that_dies_is_unavailable(tmp_path):
+    with benchmark.Process(tmp_path / "log") as process:
+        with pytest.raises(backends.Unavailable, match="TypeError"):
+            process.ask("open", runner="artefact")
+        process._process.kill()
+        with pytest.raises(backends.Unavailable, match="its process ended with code -9"):
+            process.ask("memory")
+
+
+def test_worker_ends_with_its_stdin():
+    command = [sys.executable, "-m", "lab04.worker"]
+    answer = subprocess.run(command, cwd=ROOT, input='{"do": "memory"}\n', capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0
+    assert json.loads(answer.stdout)["memory_mb"] > 5
+
+
+# --- Peers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reference_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "fp32"
+    peers.export_reference(str(model_folder("bert", 9, 0)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*peers.REFERENCES, *(name for name in peers.PEERS if name != "torch-compile")])
+def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
+    peer = (peers.REFERENCES | peers.PEERS)[name]
+    needed = {"openvino-int8": "nncf"}.get(name, peer.libraries[0])
+    pytest.importorskip(needed)
+    folder = tmp_path / name
+    if name in peers.PEERS:
+        peers.build(name, reference_folder, folder)
+    assert peers.model_mb(name, folder, reference_folder) > 0
+    built = artefact.load(reference_folder)
+    tokenise, texts = artefact.Tokeniser(built), lab.test_texts()[:30]
+    runner, reference = peer.open(folder, built, 1), backends.open_backend(built)
+    changes = [np.abs(runner.logits(tokenise([text])) - reference.logits(tokenise([text]))).max() for text in texts]
+    assert np.mean(changes) < (1e-3 if peer.precision == "FP32" else 1)
+    batch = runner.logits(tokenise(texts))
+    assert batch.shape == (30, 9) and np.isfinite(batch).all()
+
+
+# --- Machine and README -----------------------------------------------------------------------------------
+
+
+def test_cpu_is_named_by_generation(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+        "model name\t: AMD EPYC 9R14 96-Core Processor\nflags\t\t: avx2 avx512_vnni\n\nprocessor\t: 1\n"
+    )
+    assert environment.read_cpu(cpuinfo) == {"name": "AMD EPYC 9R14 Zen4", "flags": ["avx2", "avx512_vnni"]}
+    cpuinfo.write_text(
+        "vendor_id : GenuineIntel\nmodel name : Intel(R) Xeon(R) CPU E5-2670 v3 @ 2.30GHz\nflags : avx2\n"
+    )
+    assert environment.read_cpu(cpuinfo)["name"] == "Intel Xeon E5-2670 v3"
+    here = {"cpu": "AMD EPYC Zen4", "gpu": None, "cores": 2}
+    assert environment.folder_name(here, "bert-base") == "amd-epyc-zen4-2-cores-bert-base"
+
+
+def test_readme_blocks_are_filled(quick_run):
+    root, name = quick_run[1].parent, quick_run[1].name
+    tables = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in readme.TABLES)
+    text = f"Before\n{tables}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
+    filled = readme.fill(text, root)
+    size = results.load(quick_run[1])["backends"]["torch-int8"]["model_mb"]
+    assert f"-->{size:.1f}<!-- /results --> MB." in filled
+    assert filled.count("\n| ") > 30
+    assert readme.fill(filled, root) == filled
+    with pytest.raises(LabError, match="asks for nonsense"):
+        readme.fill(f"<!-- results:{name}/nonsense --><!-- /results -->", root)
+    with pytest.raises(LabError, match="run python benchmark.py"):
+        readme.fill("<!-- results:elsewhere/summary --><!-- /results -->", root)
+
+
+def test_readme_says_what_was_measured():
+    path = ROOT / "README.md"
+    if not path.exists():
+        pytest.skip("no README.md yet")
+    text = path.read_text(encoding="utf-8")
+    assert readme.fill(text, ROOT / "results") == text, "run python benchmark.py --readme"
