@@ -199,6 +199,7 @@ class Holdings:
                 self.stream = self.start = self.end = None
         finally:
             # Left to its destructor, PyCUDA would take the primary context for one of its own and not release it.
+            # (PyCUDA 2026.1 leaves the driver's stack one deeper here: with the primary context, as PyTorch has it.)
             self._primary.detach()
 
 
