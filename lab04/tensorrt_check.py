@@ -14,7 +14,7 @@ HEADLINES = 3  # run by the last steps
 
 
 def self_check(build: Callable, compare: Callable) -> None:
-    """Run every step and print its line; LabError at the end if one failed. Writes only to a scratch folder.
+    """Run every step and print its line; LabError at the end if one failed. The engine goes to a scratch folder.
 
     build: fills a folder as the lab does; returns the FP32 classifier, and why there is no engine or None
     compare: checks folder and classifier against each other; returns the figures

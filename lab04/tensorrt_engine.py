@@ -11,10 +11,11 @@ import weakref
 import numpy as np
 
 from lab04 import LabError
-from lab04.artefact import Artefact, Tokens, rebuild_command
+from lab04.artefact import Artefact, Tokens
 from lab04.backends import Backend, OutputCheck, Unavailable
 
 INSTALL = "pip install -r requirements/gpu.txt"
+REBUILD = "run python lab04-nvidia.py"
 
 
 class TensorRTBackend(Backend):
@@ -29,13 +30,13 @@ class TensorRTBackend(Backend):
     def __init__(self, artefact: Artefact, threads: int = 1):
         facts = artefact.manifest["engine"]
         if facts is None:
-            raise Unavailable(f"no engine in {artefact.folder}: on a machine with an NVIDIA GPU {advice(artefact)}")
+            raise Unavailable(f"no engine in {artefact.folder}: on a machine with an NVIDIA GPU {REBUILD}")
         trt, cuda = import_tensorrt(), import_pycuda()
         machine = describe_machine(trt, cuda)
         if any(facts[key] != machine[key] for key in machine):
             raise Unavailable(
                 f"the engine is for {facts['gpu']} and TensorRT {facts['tensorrt']}, this is {machine['gpu']} "
-                f"and TensorRT {machine['tensorrt']}: {advice(artefact)}"
+                f"and TensorRT {machine['tensorrt']}: {REBUILD}"
             )
         self._trt, self._artefact = trt, artefact
         self._check = OutputCheck(artefact)
@@ -81,7 +82,7 @@ class TensorRTBackend(Backend):
         gpu.runtime = create(trt.Runtime, gpu.log)
         gpu.engine = gpu.runtime.deserialize_cuda_engine(self._artefact.model_file.read_bytes())
         if gpu.engine is None:
-            raise Unavailable(f"TensorRT refuses the engine ({reason(gpu.log)}): {advice(self._artefact)}")
+            raise Unavailable(f"TensorRT refuses the engine ({reason(gpu.log)}): {REBUILD}")
         gpu.context = gpu.engine.create_execution_context()
         if gpu.context is None:
             raise Unavailable(f"TensorRT cannot run the engine: {reason(gpu.log)}")
@@ -91,7 +92,7 @@ class TensorRTBackend(Backend):
         outputs = [name for name in names if name not in self._inputs]
         wanted = self._artefact.manifest["tokenizer"]["inputs"]
         if set(self._inputs) != set(wanted) or len(outputs) != 1:
-            raise LabError(f"the engine has tensors {names}, the tokeniser gives {wanted}: {advice(self._artefact)}")
+            raise LabError(f"the engine has tensors {names}, the tokeniser gives {wanted}: {REBUILD}")
         self._output = outputs[0]
         shapes = gpu.engine.get_tensor_profile_shape(self._inputs[0], 0)
         self._smallest, _, self._largest = (tuple(shape) for shape in shapes)
@@ -99,9 +100,7 @@ class TensorRTBackend(Backend):
         self._set_shapes(self._largest)
         width = tuple(gpu.context.get_tensor_shape(self._output))[-1]
         if width != len(self._artefact.labels):
-            raise LabError(
-                f"the engine gives {width} scores for {len(self._artefact.labels)} labels: {advice(self._artefact)}"
-            )
+            raise LabError(f"the engine gives {width} scores for {len(self._artefact.labels)} labels: {REBUILD}")
         for name in names:
             # int64 or int32, float32 or float16: the engine says, and the buffer has to be of exactly that.
             dtype = np.dtype(trt.nptype(gpu.engine.get_tensor_dtype(name)))
@@ -288,8 +287,3 @@ def cuda_errors(cuda):
 def one_line(error: object) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())
-
-
-def advice(artefact: Artefact) -> str:
-    """The advice that ends most messages."""
-    return f"run {rebuild_command(artefact.folder)}"

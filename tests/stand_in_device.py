@@ -30,6 +30,7 @@ class Machine:
     capability: tuple[int, int] = (8, 9)
     version: str = "11.4.0"
     memory_bytes: int = 1 << 32
+    scratch_bytes: int = 1 << 20  # what an execution context takes of it
     devices: int = 1
     driver_too_old: bool = False  # for TensorRT's CUDA: its factories then return nothing
     newest_opset: int = 25
@@ -363,6 +364,9 @@ class ICudaEngine:
     def create_execution_context(self):
         if not machine.current:
             self._logger.log(ILogger.ERROR, "no CUDA context is current")
+            return None
+        if machine.scratch_bytes > machine.memory_bytes:
+            self._logger.log(ILogger.ERROR, "Requested amount of GPU memory could not be allocated: out of memory")
             return None
         return IExecutionContext(self)
 

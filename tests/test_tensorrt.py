@@ -554,7 +554,8 @@ def refuses_to_open(folder: Path, message: str) -> None:
         ({"gpu": "Other GPU"}, "the engine is for Stand-in GPU and TensorRT 11.4.0, this is Other GPU"),
         ({"version": "10.16.1"}, "and TensorRT 10.16.1: run python lab04-nvidia.py"),
         ({"capability": (7, 5)}, "run python lab04-nvidia.py"),
-        ({"memory_bytes": 1000}, "out of GPU memory"),
+        ({"memory_bytes": 1000, "scratch_bytes": 0}, "out of GPU memory"),
+        ({"memory_bytes": 1000}, "TensorRT cannot run the engine: out of GPU memory"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(engine_folder, monkeypatch, settings, message):
