@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,8 @@ def load(model: str = DEFAULT_MODEL) -> Classifier:
         network = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype="float32")
         if adapter.exists():
             network = merge_adapter(network, model)
-    except (OSError, ValueError, KeyError) as error:
-        raise LabError(f"cannot load the model {model}: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: the head has another size
+        raise LabError(f"cannot load the model {model}: {one_line(error)}") from error
     network.eval()
     labels = [config.id2label[i] for i in range(config.num_labels)]
     return Classifier(network, tokenizer, labels, hash_weights(network))
@@ -132,6 +133,6 @@ def hash_weights(network) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, for a one-line report."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: Exception) -> str:
+    """An exception's message on one line of readable length."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
