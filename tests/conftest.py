@@ -1,0 +1,205 @@
+"""Small random classifiers of every supported family, and the labs run over them.
+
+The models are random but not meaningless: their heads are fitted so that the labels of real headlines are decided.
+A random head leaves all labels equally likely, and any rounding would then change the answer.
+"""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# As on the smallest machine; must be set before torch and tokenizers read it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+
+HEADLINES = [
+    "Cybersecurity breach exposes NHS patient records",
+    "AI tutor program set to roll out in Scottish schools",
+    "Climate report warns UK cities face extreme flooding by 2030",
+]
+POSITIONS = 64  # fewer than the lab's own maximum length, so that the model's limit is the one that counts
+LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided, none beyond doubt
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
+
+
+# --- Models -----------------------------------------------------------------------------------------------
+
+
+@cache
+def training_texts() -> list[str]:
+    """Headlines that the vocabularies and the heads are made from."""
+    from lab04 import lab
+
+    return lab.test_texts()
+
+
+def small_config(family: str, vocabulary: int, **options):
+    """A two-layer configuration of a family. `minilm` is BERT in the shape of all-MiniLM-L6-v2, but two layers."""
+    import transformers
+
+    shape = {"num_hidden_layers": 2, "vocab_size": vocabulary, "initializer_range": 0.07, **options}
+    small = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
+    match family:
+        case "bert":
+            return transformers.BertConfig(**shape, **small, max_position_embeddings=POSITIONS)
+        case "minilm":
+            minilm = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+            return transformers.BertConfig(**{**shape, **minilm, "initializer_range": 0.05})
+        case "distilbert":
+            return transformers.DistilBertConfig(
+                **options, n_layers=2, vocab_size=vocabulary, initializer_range=0.07, dim=128, n_heads=4, hidden_dim=256,
+                max_position_embeddings=POSITIONS,
+            )  # fmt: skip
+        case "roberta":  # its first two positions are not for text
+            return transformers.RobertaConfig(
+                **shape, **small, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
+            )
+        case "electra":
+            return transformers.ElectraConfig(**shape, **small, embedding_size=32, max_position_embeddings=POSITIONS)
+    raise ValueError(family)
+
+
+def small_tokenizer(family: str):
+    """The family's own tokenizer with a vocabulary of about 1,000 pieces: byte-level BPE for RoBERTa, else WordPiece."""
+    import tokenizers
+    import transformers
+
+    if family == "roberta":
+        trained = tokenizers.ByteLevelBPETokenizer()
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        trained.train_from_iterator(training_texts(), vocab_size=1000, special_tokens=special, show_progress=False)
+        trained.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+        return transformers.RobertaTokenizerFast(tokenizer_object=trained._tokenizer)
+    # Counted rather than trained: the trainer breaks ties differently in every process.
+    words = Counter(word for text in training_texts() for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    letters = sorted({letter for word in words for letter in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    pieces += [word for word in sorted(words, key=lambda word: (-words[word], word)) if len(word) > 1]
+    trained = tokenizers.BertWordPieceTokenizer({piece: index for index, piece in enumerate(pieces[:1000])})
+    kind = {"distilbert": transformers.DistilBertTokenizerFast, "electra": transformers.ElectraTokenizerFast}
+    return kind.get(family, transformers.BertTokenizerFast)(tokenizer_object=trained._tokenizer)
+
+
+def decide_labels(network, tokenizer) -> None:
+    """Set the head so that the labels of the training texts spread over all classes, most with a clear margin."""
+    import torch
+
+    # An empty first token holds only what attention reads from the others. A random one is nearly the same for every
+    # text, and a head that tells such small differences apart also tells apart the differences rounding makes.
+    for name, table in network.named_parameters():
+        first = {"word_embeddings": tokenizer.cls_token_id, "position_embeddings": slice(0, 3), "token_type": 0}
+        for kind, rows in first.items():
+            if kind in name:
+                table.data[rows] = 0
+    head = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    features = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    tokens = tokenizer(training_texts(), padding=True, truncation=True, max_length=POSITIONS, return_tensors="pt")
+    with torch.inference_mode():
+        network(**tokens)
+    hook.remove()
+    [features] = features
+    mean = features.mean(0)
+    with torch.no_grad():
+        anchors = features[: head.out_features] - mean  # each class is "like this headline, not like the average"
+        weight = torch.nn.functional.normalize(anchors, dim=1)
+        weight *= LOGIT_SPREAD / ((features - mean) @ weight.T).std()
+        head.weight.copy_(weight)
+        head.bias.copy_(-weight @ mean)
+
+
+def write_model(folder: Path, family: str, labels: int, seed: int = 0) -> Path:
+    """Write a random model of a family as `save_pretrained` does."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = small_tokenizer(family)
+    names = {index: f"topic {index}" for index in range(labels)}
+    config = small_config(family, len(tokenizer), id2label=names, label2id={v: k for k, v in names.items()})
+    network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    decide_labels(network, tokenizer)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, seed: int = 1) -> Path:
+    """Write a LoRA adapter with a head of its own over a model folder."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    config = peft.LoraConfig("SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False)
+    network = peft.get_peft_model(network, config).eval()
+    network.save_pretrained(folder)
+    network.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Callable[..., Path]:
+    """`model_folder(family, labels)`: the folder of a random model; family `adapter` is LoRA over a BERT."""
+
+    @cache
+    def build(family: str, labels: int, seed: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{labels}-")
+        if family == "adapter":
+            return write_adapter(folder, build("bert", labels, seed))
+        return write_model(folder, family, labels, seed)
+
+    return lambda family, labels, seed=0: build(family, labels, seed)
+
+
+# --- Scripts ----------------------------------------------------------------------------------------------
+
+
+def run_in_process(script: str, *arguments: object) -> int:
+    """Run a script's main here, where torch and transformers are already imported. Returns its exit code."""
+    argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def run_script(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does, in a process of its own. Output is text unless `text=False`."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 300, **options})
+
+
+@pytest.fixture(scope="session")
+def artefact_folder(model_folder, tmp_path_factory) -> Callable[..., Path]:
+    """`artefact_folder(backend, family, labels)`: a lab's artefact of a random model, for reading only."""
+    scripts = {"torch": "lab04-torch.py", "onnx": "lab04-optimum.py", "tensorrt": "lab04-nvidia.py"}
+
+    @cache
+    def build(backend: str, family: str, labels: int, seed: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{backend}-{family}-{labels}-") / f"quantised-model-{backend}"
+        code = run_in_process(scripts[backend], "--model", model_folder(family, labels, seed), "--output", folder)
+        # 3: the FP16 graph is written, but there is no GPU here to build its engine
+        assert code == 0 or (code == 3 and backend == "tensorrt"), f"{scripts[backend]} ended with {code}"
+        return folder
+
+    return lambda backend, family="bert", labels=9, seed=0: build(backend, family, labels, seed)

@@ -1,0 +1,209 @@
+"""Every supported family, through every lab and predict.py, against its own FP32 logits.
+
+How far INT8 may be from FP32 is not a number taken from a run: the same `transformers` model with its Linear weights
+rounded to 7 bits and their inputs to 8 is a second, independent reading of what INT8 costs this model.
+"""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import HEADLINES, POSITIONS, run_in_process, run_script
+
+from lab04 import artefact, backends, classifier, consistency, lab
+
+MODELS = [("bert", 9), ("distilbert", 2), ("roberta", 20), ("minilm", 100), ("electra", 9), ("adapter", 9)]
+INT8 = ["torch", "onnx"]
+TEXTS = slice(0, 96)
+# Rounding is different in every implementation; twice the root mean square of one says "of this size, not larger".
+TIMES_ROUNDING = 2
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: "{}-{}".format(*model))
+def model(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def fp32(model, model_folder):
+    return classifier.load(str(model_folder(*model)))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return lab.test_texts()[TEXTS]
+
+
+@pytest.fixture(scope="module")
+def reference(fp32, texts):
+    return lab.fp32_logits(fp32, texts)
+
+
+@pytest.fixture(scope="module")
+def rounding(fp32, texts, reference):
+    """Root mean square error of the FP32 model's logits when its weights and activations are rounded."""
+    rounded = dataclasses.replace(fp32, model=rounded_copy(fp32.model))
+    return rms(lab.fp32_logits(rounded, texts) - reference)
+
+
+def rounded_copy(network):
+    """The network with 7-bit Linear weights, one scale a row, and 8-bit Linear inputs, one scale a tensor."""
+    import torch
+
+    def round_input(_, inputs):
+        step = (inputs[0].amax().clamp(min=0) - inputs[0].amin().clamp(max=0)) / 255
+        return (torch.round(inputs[0] / step) * step,)
+
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            step = module.weight.detach().abs().amax(1, keepdim=True) / 63
+            module.weight.data = torch.round(module.weight.data / step) * step
+            module.register_forward_pre_hook(round_input)
+    return network
+
+
+def rms(values) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def run_padded(backend, tokenise, texts, batch: int = 16) -> np.ndarray:
+    return np.concatenate([backend.logits(tokenise(texts[i : i + batch])) for i in range(0, len(texts), batch)])
+
+
+# --- The artefact is the model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", INT8)
+def test_int8_logits_differ_from_fp32_by_rounding_only(backend, model, artefact_folder, texts, reference, rounding):
+    built = artefact.load(artefact_folder(backend, *model))
+    runtime, tokenise = backends.open_backend(built), artefact.Tokeniser(built)
+    single = np.concatenate([runtime.logits(tokenise([text])) for text in texts])
+    padded = run_padded(runtime, tokenise, texts)
+    assert len({tokenise([text])["input_ids"].shape[1] for text in texts[:16]}) > 1, "the batches must need padding"
+    assert rms(single - reference) < TIMES_ROUNDING * rounding
+    assert rms(padded - reference) < TIMES_ROUNDING * rounding
+    # The bound must be able to fail: it is far below what another headline's logits would give.
+    assert rms(np.roll(reference, 1, axis=0) - reference) > 5 * TIMES_ROUNDING * rounding
+    for logits in (single, padded):
+        assert consistency.compare(reference, logits)["decided_agreement"] >= consistency.MIN_DECIDED_AGREEMENT
+
+
+def test_fp16_logits_are_fp32_ones(model, artefact_folder, texts, reference):
+    built = artefact.load(artefact_folder("tensorrt", *model))
+    check, tokenise = backends.open_fp16_check(built), artefact.Tokeniser(built)
+    for logits in (
+        np.concatenate([check.logits(tokenise([text])) for text in texts]),
+        run_padded(check, tokenise, texts),
+    ):
+        # FP16 keeps 11 bits: 2^-11 relative for each weight, which sums over a layer leave where it is.
+        np.testing.assert_allclose(logits, reference, atol=2**-11 * 16 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("backend", [*INT8, "tensorrt"])
+def test_artefact_keeps_labels_and_token_ids(backend, model, artefact_folder, fp32, texts):
+    built = artefact.load(artefact_folder(backend, *model))
+    assert built.labels == [f"topic {index}" for index in range(model[1])]
+    tokenise = artefact.Tokeniser(built)
+    for text in [*texts, "word " * 500, "数字 🙂 naïve"]:
+        expected = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32))
+        tokens = tokenise([text])
+        assert set(tokens) == set(fp32.input_names)
+        for name, ids in tokens.items():
+            assert ids.tolist() == [expected[name]], (name, text)
+
+
+def test_models_own_length_limit_counts(artefact_folder):
+    built = artefact.load(artefact_folder("onnx", "roberta", 20))
+    tokenise, runtime = artefact.Tokeniser(built), backends.open_backend(built)
+    tokens = tokenise(["word " * 500])
+    assert tokens["input_ids"].shape == (1, POSITIONS)
+    assert tokenise.dropped("word " * 500) > 0
+    assert np.isfinite(runtime.logits(tokens)).all()
+
+
+# --- The scripts, as a user starts them -------------------------------------------------------------------
+
+
+def test_predict_takes_every_model(model, artefact_folder, capfd):
+    folders = [artefact_folder(backend, *model) for backend in INT8]
+    assert run_in_process("predict.py", "--json", "--artefacts", *folders, "--", *HEADLINES) == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [record["text"] for record in records] == HEADLINES
+    for record in records:
+        assert len(record["backends"]) == len(INT8)
+        for result in record["backends"].values():
+            probabilities = list(result["probabilities"].values())
+            assert len(probabilities) == model[1]
+            assert sum(probabilities) == pytest.approx(1)
+            assert probabilities[result["id"]] == max(probabilities)
+            assert list(result["probabilities"])[result["id"]] == result["label"]
+
+
+@pytest.mark.parametrize("script, code", [("lab04-torch.py", 0), ("lab04-optimum.py", 0), ("lab04-nvidia.py", 3)])
+def test_labs_run_as_commands_from_any_folder(script, code, model_folder, tmp_path):
+    arguments = "--model", model_folder("distilbert", 2), "--output", "built"
+    result = run_script(script, *arguments, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "\nWrote " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Next: ")
+    assert artefact.load(tmp_path / "built").labels == ["topic 0", "topic 1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["built"]
+
+
+def test_benchmark_takes_a_model_of_another_class_count(artefact_folder, model_folder, tmp_path):
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"{text},topic {i % 2}\n" for i, text in enumerate(HEADLINES * 8)))
+    folders = [artefact_folder(backend, "distilbert", 2) for backend in INT8]
+    arguments = "--quick", "--model", model_folder("distilbert", 2), "--artefacts", *folders, "--data", data
+    result = run_script("benchmark.py", *arguments, "--output", tmp_path / "results")
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "results").rglob("results.json"))
+
+
+# --- Models that are refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """`refused(folder)`: the one line with which a lab refuses a model."""
+
+    def run(folder) -> str:
+        assert run_in_process("lab04-torch.py", "--model", folder, "--output", tmp_path / "built") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert not (tmp_path / "built").exists()
+        return line
+
+    return run
+
+
+def copy_model(source, target, **config):
+    shutil.copytree(source, target)
+    path = target / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return target
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "unnamed labels"),
+        ({"problem_type": "multi_label_classification"}, "multi-label"),
+        ({"id2label": {"0": "only"}}, "at least 2"),
+        ({"model_type": "gpt2"}, "type 'gpt2'"),
+        ({"model_type": "no such type"}, "cannot load"),
+        ({"id2label": {str(i): f"topic {i}" for i in range(3)}}, "cannot load"),  # the head has two rows
+    ],
+)
+def test_unsupported_model_is_refused_in_one_line(config, reason, refused, model_folder, tmp_path):
+    assert reason in refused(copy_model(model_folder("distilbert", 2), tmp_path / "model", **config))
+
+
+def test_missing_model_is_refused_in_one_line(refused, tmp_path):
+    assert "no model at" in refused(tmp_path / "nowhere")
+    assert "cannot load the model" in refused("nobody/no-such-model")
+    assert "cannot load the model" in refused(tmp_path)  # an empty folder
