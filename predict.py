@@ -6,7 +6,7 @@
     python predict.py --json --file - < my.txt         # for the next program in the pipe
 
 Reads the quantised-model-* folders; running them needs neither `transformers` nor `peft`.
-Exit codes: 0 done, 2 wrong input or artefact, 130 interrupted.
+Exit codes: 0 done, 2 wrong input or artefact, 130 interrupted, 141 the reader of our output stopped reading.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def main() -> None:
     artefacts = [artefact.load(folder) for folder in arguments.artefacts]
     artefact.check_together(artefacts)
     headlines = read_headlines(arguments, set(artefacts[0].labels))
-    headlines = itertools.chain([next(headlines)], headlines)  # wrong input is reported before anything is loaded
+    # Wrong input is reported before anything is loaded; a file may be endless, so only its first line is known by then.
+    known = list(itertools.islice(headlines, 1 if arguments.file else None))
+    headlines = itertools.chain(known, headlines)
     tokenise = artefact.Tokeniser(artefacts[0])
     runners = [open_runner(item, arguments.threads) for item in artefacts]
     warm_up(runners, tokenise)
