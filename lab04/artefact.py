@@ -78,7 +78,7 @@ class Tokeniser:
 
     def dropped(self, text: str) -> int:
         """How many tokens of a text lie beyond the model's maximum length."""
-        return sum(len(part.ids) for part in self._tokenizer.encode(clean(text)).overflowing)
+        return sum(part.special_tokens_mask.count(0) for part in self._tokenizer.encode(clean(text)).overflowing)
 
 
 def clean(text: str) -> str:
