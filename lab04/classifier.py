@@ -72,14 +72,15 @@ def load(model: str = DEFAULT_MODEL) -> Classifier:
 
     Raises LabError if it is missing, has no label names, or is no sequence classifier of a supported family.
     """
+    if Path(model).is_absolute() and not Path(model).exists():
+        raise LabError(f"no model at {model}: give a folder or a hub id with --model, or run lora-news/train.py")
+
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     adapter = Path(model) / "adapter_config.json"
-    if Path(model).is_absolute() and not Path(model).exists():
-        raise LabError(f"no model at {model}: give a folder or a hub id with --model, or run lora-news/train.py")
     try:
         config = AutoConfig.from_pretrained(model)
         base = model
