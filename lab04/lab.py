@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
 
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
 def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
@@ -122,3 +124,6 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{script}: interrupted, nothing was changed", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush fails aloud
+        sys.exit(READER_GONE)
