@@ -4,6 +4,7 @@ The models are random but not meaningless: their heads are fitted so that the la
 A random head leaves all labels equally likely, and any rounding would then change the answer.
 """
 
+import csv
 import os
 import re
 import runpy
@@ -41,9 +42,8 @@ def pytest_configure(config):
 @cache
 def training_texts() -> list[str]:
     """Headlines that the vocabularies and the heads are made from."""
-    from lab04 import lab
-
-    return lab.test_texts()
+    with (ROOT / "lora-news" / "headlines" / "test.csv").open(encoding="utf-8", newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
 
 
 def small_config(family: str, vocabulary: int, **options):
@@ -60,9 +60,14 @@ def small_config(family: str, vocabulary: int, **options):
             return transformers.BertConfig(**{**shape, **minilm, "initializer_range": 0.05})
         case "distilbert":
             return transformers.DistilBertConfig(
-                **options, n_layers=2, vocab_size=vocabulary, initializer_range=0.07, dim=128, n_heads=4, hidden_dim=256,
-                max_position_embeddings=POSITIONS,
-            )  # fmt: skip
+                **{
+                    "vocab_size": vocabulary,
+                    "initializer_range": 0.07,
+                    "max_position_embeddings": POSITIONS,
+                    **options,
+                },
+                **{"n_layers": 2, "dim": 128, "n_heads": 4, "hidden_dim": 256},
+            )
         case "roberta":  # its first two positions are not for text
             return transformers.RobertaConfig(
                 **shape, **small, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
@@ -73,7 +78,7 @@ def small_config(family: str, vocabulary: int, **options):
 
 
 def small_tokenizer(family: str):
-    """The family's own tokenizer with a vocabulary of about 1,000 pieces: byte-level BPE for RoBERTa, else WordPiece."""
+    """The family's own tokenizer with 1,000 pieces at most: byte-level BPE for RoBERTa, else WordPiece."""
     import tokenizers
     import transformers
 

@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import HEADLINES, POSITIONS, run_in_process, run_script
+from conftest import HEADLINES, POSITIONS, run_in_process, run_script, training_texts
 
 from lab04 import artefact, backends, classifier, consistency, lab
 
@@ -34,7 +34,7 @@ def fp32(model, model_folder):
 
 @pytest.fixture(scope="module")
 def texts():
-    return lab.test_texts()[TEXTS]
+    return training_texts()[TEXTS]
 
 
 @pytest.fixture(scope="module")

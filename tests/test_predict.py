@@ -1,0 +1,332 @@
+"""predict.py as a user starts it: what it prints, what it writes, how it ends."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import HEADLINES, ROOT, run_in_process, run_script
+
+CHARTS = [
+    "confidence_ai_tutor_program_set.png",
+    "confidence_climate_report_warns.png",
+    "confidence_cybersecurity_breach.png",
+]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def onnx(artefact_folder):
+    return artefact_folder("onnx")
+
+
+@pytest.fixture
+def predict(onnx, tmp_path):
+    """`predict(*arguments)`: a run over the ONNX artefact of nine labels, in an empty folder."""
+
+    def run(*arguments, artefacts=(onnx,), **options):
+        given = ["--artefacts", *artefacts, "--", *arguments]
+        if arguments and str(arguments[0]).startswith("--"):
+            given = [*arguments, "--artefacts", *artefacts]
+        return run_script("predict.py", *given, cwd=tmp_path, **options)
+
+    return run
+
+
+@pytest.fixture
+def rejected(predict):
+    """`rejected(*arguments)`: the one line on stderr of a run that must fail, before it wrote anything."""
+
+    def run(*arguments, **options) -> str:
+        result = predict(*arguments, **options)
+        assert result.returncode == 2, result
+        assert result.stdout == ""
+        [line] = result.stderr.splitlines()
+        assert line.startswith("predict.py: ")
+        return line
+
+    return run
+
+
+# --- What it prints and writes ----------------------------------------------------------------------------
+
+
+def test_default_headlines_in_the_labs_form(artefact_folder, tmp_path):
+    folders = [artefact_folder(backend) for backend in ("torch", "onnx", "tensorrt")]
+    result = run_script("predict.py", "--runs", 2, "--artefacts", *folders, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("Predicting: ")] == [f"Predicting: {h!r}" for h in HEADLINES]
+    for name in ("PyTorch Quantised", "ONNX Quantised", "TensorRT FP16"):
+        heads = [line for line in lines if line.startswith(f"[{name}]: topic ")]
+        assert len(heads) == 3, name
+    assert lines.count("Top 5 Predictions:") == 9
+    for place in (i for i, line in enumerate(lines) if line == "Top 5 Predictions:"):
+        scores = [float(line.split()[-1]) for line in lines[place + 1 : place + 6]]
+        assert scores == sorted(scores, reverse=True)
+        assert 0 < sum(scores) <= 1.001
+    assert sorted(path.name for path in tmp_path.iterdir()) == CHARTS
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(PNG)
+        assert f">> Saved prediction confidence comparison to: {path.name}" in lines
+    summary = lines[lines.index(next(line for line in lines if line.startswith("Summary: 3 headlines"))) :]
+    assert {line.split("  ")[0] for line in summary} >= {"PyTorch Quantised", "ONNX Quantised", "TensorRT FP16"}
+    assert any(line.startswith("TensorRT FP16: ") for line in summary), "why TensorRT does not run here"
+
+
+def test_headlines_that_begin_alike_get_charts_of_their_own(predict, tmp_path):
+    result = predict("Same words at the start, one", "Same words at the start, two", "!!!")
+    assert result.returncode == 0, result.stderr
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == [
+        "confidence_headline.png",
+        "confidence_same_words_at_the_st.png",
+        "confidence_same_words_at_the_st_2.png",
+    ]
+
+
+def test_over_long_headline_is_cut_and_said_so(predict):
+    result = predict("the " * 300)
+    assert result.returncode == 0, result.stderr
+    assert "too long: the last 238 tokens are not read" in result.stdout  # 300, less 64 positions, [CLS] and [SEP]
+
+
+def test_fewer_labels_than_five(artefact_folder, predict):
+    result = predict("A headline", artefacts=[artefact_folder("onnx", "distilbert", 2)])
+    assert result.returncode == 0, result.stderr
+    assert "\nPredictions:\n" in result.stdout
+    assert result.stdout.count("  - topic ") == 2
+
+
+def test_labelled_file_is_scored(predict, onnx, tmp_path):
+    texts = HEADLINES + ["One, with a comma", 'One "quoted"', "One\nof two lines"]
+    first = predict("--json", "--file", write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts]))
+    records = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [record["text"] for record in records] == texts
+    found = [record["backends"]["ONNX Quantised"]["label"] for record in records]
+    wrong = [*found[:-1], "topic 0" if found[-1] != "topic 0" else "topic 1"]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, wrong, strict=True)]
+    second = predict("--file", write_csv(tmp_path / "labelled.csv", rows), "--charts", 0)
+    assert "5 of 6" in second.stdout
+    assert "Summary: 6 headlines" in second.stdout
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+# --- JSON for the next program ----------------------------------------------------------------------------
+
+
+def test_json_is_all_there_is_on_stdout(predict, tmp_path):
+    texts = ["First", "Ünïcödé 🙂 مرحبا", "$x$ <b>", "the " * 300]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    result = predict("--json", "--file", tmp_path / "texts.txt")
+    assert (result.returncode, result.stderr) == (0, "")  # the progress bar is for terminals
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["text"] for record in records] == [text.strip() for text in texts]
+    assert [record["truncated"] for record in records] == [False, False, False, True]
+    assert records[3]["tokens"] == 64
+    for record in records:
+        assert set(record) == {"text", "tokens", "truncated", "label", "backends"}
+        for answer in record["backends"].values():
+            assert set(answer) == {"label", "id", "probabilities", "ms"}
+            assert sum(answer["probabilities"].values()) == pytest.approx(1)
+            assert answer["ms"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_stdin_and_file_give_the_same_answers(predict, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(HEADLINES), encoding="utf-8-sig")
+    answers = []
+    for result in (
+        predict("--json", "--file", tmp_path / "texts.txt"),
+        predict("--json", "--file", "-", input="\n".join(HEADLINES)),
+        predict("--json", *HEADLINES),
+    ):
+        assert result.returncode == 0, result.stderr
+        records = [json.loads(line) for line in result.stdout.splitlines()]
+        answers.append([(r["text"], r["backends"]["ONNX Quantised"]["probabilities"]) for r in records])
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) == 3
+
+
+def test_reader_that_stops_early_is_no_error(onnx):
+    command = f"yes 'A headline' | {sys.executable} {ROOT}/predict.py --json --file - --artefacts {onnx} | head -n 3"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(result.stdout.splitlines()) == 3
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 1
+
+
+def test_interrupted_stream_keeps_what_was_done(onnx, tmp_path):
+    """Ctrl-C while an endless input is read: whole lines so far, exit code 130, one line."""
+    command = [sys.executable, str(ROOT / "predict.py"), "--json", "--file", "-", "--artefacts", str(onnx)]
+    with (tmp_path / "out.jsonl").open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE, text=True)
+        process.stdin.write("A headline\n" * 400)
+        process.stdin.flush()
+        wait_for(lambda: (tmp_path / "out.jsonl").read_bytes().count(b"\n") >= 20)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(errors.splitlines()) == 1, errors
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(lines) >= 20
+    assert all(json.loads(line)["text"] == "A headline" for line in lines)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_stream_needs_no_more_memory_for_more_headlines(onnx, tmp_path):
+    """3,000 and 300 headlines take the same memory; what is kept of each is two times of eight bytes."""
+    peaks = []
+    for count in (300, 3000):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"{HEADLINES[i % 3]} number {i}\n" for i in range(count)))
+        program = (
+            "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        )
+        command = [sys.executable, "-c", program, ROOT / "predict.py", "--json", "--file", path, "--artefacts", onnx]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=environment)
+        assert len(result.stdout.splitlines()) == count, result.stderr
+        peaks.append(int(result.stderr))
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+# --- Bad input --------------------------------------------------------------------------------------------
+
+
+def test_missing_artefact(rejected, tmp_path):
+    assert "run python lab04-torch.py" in rejected("A", artefacts=[tmp_path / "quantised-model-torch"])
+    assert "run python lab04-optimum.py" in rejected("A", artefacts=[tmp_path / "quantised-model-optimum"])
+
+
+def test_empty_headline_and_file(rejected, tmp_path):
+    assert "headline 2 is empty" in rejected("A", " \t")
+    for content in ("", "\n \n\n", "\ufeff"):
+        (tmp_path / "empty.txt").write_text(content, encoding="utf-8")
+        assert "holds no headlines" in rejected("--file", tmp_path / "empty.txt")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    assert "holds no headlines" in rejected("--file", tmp_path / "empty.csv")
+    (tmp_path / "blank.csv").write_text("text,label\nA headline,topic 1\n ,topic 2\n")
+    result = run_script("predict.py", "--file", tmp_path / "empty.csv", "A headline")
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_empty_cell_of_a_csv_names_its_line(predict, tmp_path):
+    (tmp_path / "blank.csv").write_text("text,label\nA headline,topic 1\n ,topic 2\n")
+    result = predict("--json", "--file", tmp_path / "blank.csv")
+    assert result.returncode == 2
+    assert len(result.stdout.splitlines()) == 1  # what was done before it stays
+    assert "line 3 is empty" in result.stderr
+
+
+def test_unreadable_files(rejected, tmp_path):
+    assert "No such file" in rejected("--file", tmp_path / "nowhere.txt")
+    assert "cannot read" in rejected("--file", tmp_path)
+    (tmp_path / "latin.txt").write_bytes("Café\n".encode("latin-1"))
+    assert "is not UTF-8" in rejected("--file", tmp_path / "latin.txt")
+    (tmp_path / "latin.csv").write_bytes("text\nCafé\n".encode("latin-1"))
+    assert "is not UTF-8" in rejected("--file", tmp_path / "latin.csv")
+    assert "is not UTF-8" in rejected("--file", "-", input="Caf\udce9\n", errors="surrogateescape")
+
+
+def test_csv_without_text_column(rejected, tmp_path):
+    (tmp_path / "wrong.csv").write_text("headline,label\nA headline,topic 1\n")
+    assert "no column 'text'" in rejected("--file", tmp_path / "wrong.csv")
+    (tmp_path / "none.csv").write_text("")
+    assert "no column 'text'" in rejected("--file", tmp_path / "none.csv")
+
+
+def test_unknown_label(rejected, tmp_path):
+    (tmp_path / "labels.csv").write_text("text,label\nA headline,no such topic\n")
+    line = rejected("--file", tmp_path / "labels.csv")
+    assert "line 2: unknown label 'no such topic'" in line
+    assert "topic 8" in line
+
+
+def test_headlines_and_file_together(rejected, tmp_path):
+    assert "not both" in rejected("--file", tmp_path / "x.txt", "--runs", "1", "A headline", artefacts=["x"])
+
+
+@pytest.mark.parametrize("options", [("--threads", "0"), ("--runs", "-1"), ("--runs", "many")])
+def test_impossible_numbers(options, predict):
+    result = predict(*options)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("predict.py: error: argument --")
+
+
+def test_unwritable_output(predict, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        result = predict("--output", output)
+        assert result.returncode == 2
+        [line] = result.stderr.splitlines()
+        assert line.startswith("predict.py: cannot write to ")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_corrupt_artefact(rejected, onnx, tmp_path):
+    broken = shutil.copytree(onnx, tmp_path / "quantised-model-optimum")
+    with (broken / "model_quantized.onnx").open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 1]))
+    line = rejected("A headline", artefacts=[broken])
+    assert "corrupt artefact" in line
+    assert "run python lab04-optimum.py" in line
+
+
+def test_artefacts_of_different_weights(rejected, onnx, artefact_folder):
+    line = rejected("A headline", artefacts=[onnx, artefact_folder("torch", "bert", 9, 1)])
+    assert "come from different weights" in line
+
+
+def test_missing_model(tmp_path):
+    for script in ("lab04-torch.py", "lab04-optimum.py", "lab04-nvidia.py"):
+        result = run_script(script, "--model", tmp_path / "nowhere", "--output", tmp_path / "built")
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+        assert "no model at" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["lab04-torch.py", "lab04-optimum.py", "lab04-nvidia.py"])
+def test_interrupted_build_changes_nothing(script, model_folder, tmp_path):
+    command = [sys.executable, "-u", str(ROOT / script), "--model", str(model_folder("bert", 9)), "--output", "built"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("2. "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == f"{script}: interrupted, nothing was changed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_library_that_is_not_installed(capsys, monkeypatch, onnx):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # makes the import fail as for a missing package
+    assert run_in_process("predict.py", "--artefacts", onnx, "--", "A headline") == 2
+    assert "pip install -r requirements.txt" in capsys.readouterr().err
