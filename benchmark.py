@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from lab04 import LabError, artefact, backends, classifier, environment, headlines, lab, readme, results
+from lab04 import ROOT, LabError, artefact, backends, classifier, environment, headlines, lab, readme, results
 
-ROOT = classifier.ROOT
 ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "tensorrt")]
 
 # --- How much is measured ---------------------------------------------------------------------------------
@@ -58,9 +57,7 @@ QUICK = FULL | {
 def main() -> None:
     arguments = parse_arguments()
     if arguments.readme:
-        path = ROOT / "README.md"
-        path.write_text(readme.fill(path.read_text(encoding="utf-8"), arguments.output), encoding="utf-8")
-        print(f"Wrote {path}")
+        readme.update(ROOT / "README.md", arguments.output)
         return
     if arguments.redraw:
         report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
@@ -152,7 +149,8 @@ class Process:
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it died, and has not read all it was told
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -8,8 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lab04 import artefact
-from lab04.classifier import ROOT
+from lab04 import ROOT, artefact
 
 # What decides which INT8 kernels run: 8-bit dot products (VNNI, AMX, dotprod, i8mm) or none (plain AVX2).
 ISA_FLAGS = {
@@ -40,11 +39,18 @@ def describe() -> dict:
         "cores": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": find_gpu(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{operating_system()} {platform.machine()}",
         "python": platform.python_version(),
         "libraries": library_versions(),
         "git": describe_commit(),
     }
+
+
+def operating_system() -> str:
+    """The distribution's name and version where there is one, else the system's."""
+    with contextlib.suppress(OSError):
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    return f"{platform.system()} {platform.release()}"
 
 
 def usable_cores() -> int:

@@ -67,6 +67,9 @@ def consistency(reference: np.ndarray, logits: np.ndarray, truth: np.ndarray) ->
     wrong_to_right = int(((before != truth) & (after == truth)).sum())
     interval = binomtest(int(same.sum()), len(same)).proportion_ci(method="wilson")
 
+    with np.errstate(invalid="ignore"):  # the root of a rounding error below zero, where p and q are the same
+        distance = np.nan_to_num(jensenshannon(p, q, axis=1))
+
     def change_of_f1(rows):
         return macro_f1(truth[rows], after[rows], present) - macro_f1(truth[rows], before[rows], present)
 
@@ -82,7 +85,7 @@ def consistency(reference: np.ndarray, logits: np.ndarray, truth: np.ndarray) ->
         "mean_change": float(np.abs(p - q).max(axis=1).mean()),
         "max_change": float(np.abs(p - q).max()),
         "kl": float(entropy(p, q, axis=1).mean()),
-        "loyalty": float(1 - np.nan_to_num(jensenshannon(p, q, axis=1)).mean()),
+        "loyalty": float(1 - distance.mean()),
         "ece_change": expected_calibration_error(truth, q) - expected_calibration_error(truth, p),
     }
 

@@ -40,7 +40,7 @@ def export_reference(model: str, folder: Path) -> None:
     """Write the merged FP32 classifier as an artefact folder: the ONNX graph, and the weights for `transformers`."""
     fp32 = classifier.load(model)
     with artefact.building(folder) as new:
-        shutil.move(lab.export_onnx(fp32, new / "export"), new / "model.onnx")
+        shutil.move(lab.export_onnx(fp32.model, new / "export"), new / "model.onnx")
         shutil.rmtree(new / "export")
         fp32.model.save_pretrained(new)
         artefact.seal(new, fp32, "onnxruntime", "FP32", "model.onnx")
@@ -52,7 +52,7 @@ def export_reference(model: str, folder: Path) -> None:
 class Eager:
     """The `transformers` model as it is, called as its documentation calls it; `change` may replace the network."""
 
-    def __init__(self, reference: Artefact, threads: int, change: Callable = lambda network: network):
+    def __init__(self, reference: Artefact, threads: int, change: Callable):
         import torch
         from transformers import AutoModelForSequenceClassification
 
@@ -65,6 +65,11 @@ class Eager:
         with self._torch.inference_mode():
             inputs = {name: self._torch.from_numpy(array) for name, array in tokens.items()}
             return self.network(**inputs).logits.numpy()
+
+
+def open_eager(change: Callable = lambda network: network) -> Callable[[Path, Artefact, int], Eager]:
+    """How to open the reference's own network, changed in some way."""
+    return lambda _folder, reference, threads: Eager(reference, threads, change)
 
 
 def quantise_as_tutorials(network):
@@ -119,6 +124,11 @@ def quantise_with_sentence_transformers(reference: Artefact, output: Path) -> No
     export_dynamic_quantized_onnx_model(encoder, "avx512_vnni", str(output))
 
 
+def open_reference(_folder: Path, reference: Artefact, threads: int):
+    """ONNX Runtime, as the lab configures it, on the exported FP32 graph."""
+    return backends.OnnxRuntimeBackend(reference, threads)
+
+
 def open_onnx(folder: Path, reference: Artefact, threads: int):
     """ONNX Runtime, as the lab configures it, on the one ONNX file below `folder`."""
     [path] = Path(folder).rglob("*.onnx")
@@ -155,7 +165,8 @@ def quantise_with_nncf(reference: Artefact, output: Path) -> None:
 
     path = next(path for path in CALIBRATION_FILES if path.exists())
     with path.open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)][:CALIBRATION_ROWS]
+        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = texts[:: -(-len(texts) // CALIBRATION_ROWS)]  # from the whole file, which is sorted by label
     tokenise = artefact.Tokeniser(reference)
     calibration = nncf.Dataset(texts, lambda text: tokenise([text]))
     model = openvino.convert_model(reference.model_file)
@@ -194,39 +205,21 @@ def convert_to_ctranslate2(reference: Artefact, output: Path) -> None:
 # --- The list ---------------------------------------------------------------------------------------------
 
 TORCH = ("torch", "transformers.models.bert.modeling_bert")
+ONNX = ("onnxruntime",)
+VNNI = quantise_with_optimum("avx512_vnni")
 REFERENCES = {
-    "fp32-torch": Peer(
-        "PyTorch eager", "FP32", TORCH, None, lambda _folder, reference, threads: Eager(reference, threads)
-    ),
-    "fp32-onnx": Peer(
-        "ONNX Runtime",
-        "FP32",
-        ("onnxruntime",),
-        None,
-        lambda _folder, reference, threads: backends.OnnxRuntimeBackend(reference, threads),
-    ),
+    "fp32-torch": Peer("PyTorch eager", "FP32", TORCH, None, open_eager()),
+    "fp32-onnx": Peer("ONNX Runtime", "FP32", ONNX, None, open_reference),
 }
 PEERS = {
     "torch-tutorial": Peer(
-        "PyTorch quantize_dynamic",
-        "INT8",
-        TORCH,
-        save_tutorial_weights,
-        lambda _folder, reference, threads: Eager(reference, threads, quantise_as_tutorials),
+        "PyTorch quantize_dynamic", "INT8", TORCH, save_tutorial_weights, open_eager(quantise_as_tutorials)
     ),
-    "torch-compile": Peer(
-        "torch.compile",
-        "FP32",
-        TORCH,
-        None,
-        lambda _folder, reference, threads: Eager(reference, threads, compile_network),
-    ),
-    "optimum-avx2": Peer("Optimum avx2", "INT8", ("onnxruntime",), quantise_with_optimum("avx2"), open_onnx),
-    "optimum-avx512-vnni": Peer(
-        "Optimum avx512_vnni", "INT8", ("onnxruntime",), quantise_with_optimum("avx512_vnni"), open_onnx
-    ),
+    "torch-compile": Peer("torch.compile", "FP32", TORCH, None, open_eager(compile_network)),
+    "optimum-avx2": Peer("Optimum avx2", "INT8", ONNX, quantise_with_optimum("avx2"), open_onnx),
+    "optimum-avx512-vnni": Peer("Optimum avx512_vnni", "INT8", ONNX, VNNI, open_onnx),
     "sentence-transformers": Peer(
-        "sentence-transformers qint8", "INT8", ("onnxruntime",), quantise_with_sentence_transformers, open_onnx
+        "sentence-transformers", "INT8", ONNX, quantise_with_sentence_transformers, open_onnx
     ),
     "openvino-fp32": Peer("OpenVINO", "FP32", ("openvino",), convert_to_openvino, OpenVino),
     "openvino-int8": Peer("OpenVINO NNCF static", "INT8", ("openvino",), quantise_with_nncf, OpenVino),

@@ -22,6 +22,16 @@ ORIGINAL = {
 }
 
 
+def update(path: Path, root: Path) -> None:
+    """Fill a file in place. Raises LabError if it cannot be read or written."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(fill(text, root), encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"cannot update {path}: {error.strerror}") from error
+    print(f"Wrote {path}")
+
+
 def fill(text: str, root: Path) -> str:
     """The text with the content of every marked block made anew from the results below `root`."""
 
@@ -126,8 +136,12 @@ def quality(measured: dict) -> str:
 
 
 def labels(measured: dict) -> str:
-    """F1 of every label and backend, in percent."""
-    scored = [row for row in measured["backends"].values() if row.get("quality")]
+    """F1 of every label, in percent, of FP32 PyTorch and the lab's own backends."""
+    scored = [
+        row
+        for name, row in measured["backends"].items()
+        if row.get("quality") and (name == results.REFERENCE or row["group"] in ("lab", "check"))
+    ]
     names = scored[0]["quality"]["f1"] if scored else {}
     rows = [[name] + [f"{100 * row['quality']['f1'][name]:.1f}" for row in scored] for name in names]
     return table(["label"] + [f"{row['name']} {row['precision']}" for row in scored], rows)

@@ -13,6 +13,8 @@ from conftest import ROOT, run_script
 import benchmark
 from lab04 import LabError, artefact, backends, environment, headlines, lab, peers, readme, results, worker
 
+with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
+    TEXTS = [row["text"] for row in csv.DictReader(file)][:40]
 LABELS = [f"topic {index}" for index in range(9)]  # those of the random models
 
 
@@ -21,9 +23,7 @@ def data(tmp_path_factory):
     """Forty of the lab's headlines under the labels of the random models."""
     path = tmp_path_factory.mktemp("data") / "headlines.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(
-            [("text", "label"), *((text, LABELS[row % 9]) for row, text in enumerate(lab.test_texts()[:40]))]
-        )
+        csv.writer(file).writerows([("text", "label"), *((text, LABELS[row % 9]) for row, text in enumerate(TEXTS))])
     return path
 
 
@@ -144,7 +144,7 @@ def test_files_of_a_run(quick_run):
     with (folder / "summary.csv").open() as file:
         assert {row["backend"] for row in csv.DictReader(file)} == set(measured["backends"])
     texts = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".csv"))
-    assert not any(text in texts for text in lab.test_texts()[:40]), "results never contain the data"
+    assert not any(text in texts for text in TEXTS), "results never contain the data"
     assert "1.00×" in process.stdout
     assert process.stdout.splitlines()[-2].startswith("Wrote ")
     assert process.stderr == ""
@@ -311,7 +311,7 @@ def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
         peers.build(name, reference_folder, folder)
     assert peers.model_mb(name, folder, reference_folder) > 0
     built = artefact.load(reference_folder)
-    tokenise, texts = artefact.Tokeniser(built), lab.test_texts()[:30]
+    tokenise, texts = artefact.Tokeniser(built), TEXTS[:30]
     runner, reference = peer.open(folder, built, 1), backends.open_backend(built)
     changes = [np.abs(runner.logits(tokenise([text])) - reference.logits(tokenise([text]))).max() for text in texts]
     assert np.mean(changes) < (1e-3 if peer.precision == "FP32" else 1)
