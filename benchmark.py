@@ -60,6 +60,8 @@ def main() -> None:
         readme.update(ROOT / "README.md", arguments.output)
         return
     if arguments.redraw:
+        if not (arguments.redraw / results.JOURNAL).exists():
+            raise LabError(f"{arguments.redraw} has no {results.JOURNAL}: only the machine that measured can redraw")
         report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -35,6 +35,7 @@ def save_all(folder: Path, measured: dict) -> list[Path]:
         ),
         ("reliability.png", draw_reliability, scored),
     ):
+        (folder / file).unlink(missing_ok=True)  # an earlier run may have drawn what this one has no data for
         if content:
             figure = draw(pyplot(), content, threads, measured)
             figure.supxlabel(environment.one_line(measured["environment"]), fontsize=7, color="#555555")

@@ -158,6 +158,12 @@ def test_redraw_gives_the_same_results(quick_run, tmp_path):
     assert results.load(copy) == results.load(quick_run[1])
 
 
+def test_redraw_needs_a_journal(tmp_path):
+    process = run_script("benchmark.py", "--redraw", tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and "no journal.jsonl" in process.stderr
+
+
 # --- Interruptions, in this process for speed -------------------------------------------------------------
 
 
