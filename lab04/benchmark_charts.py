@@ -177,7 +177,7 @@ def draw_confusion(plt, rows: dict, _threads: list[str], measured: dict):
     labels = measured["settings"]["labels"]
     rows, columns, lines = arrange(rows)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(1 + 3.6 * columns, 0.8 + 3.5 * lines), sharey=True, layout="constrained", squeeze=False
+        lines, columns, figsize=(1 + 3.6 * columns, 1.3 + 3.6 * lines), sharey=True, layout="constrained", squeeze=False
     )
     for axis in axes.flat[len(rows) :]:
         axis.axis("off")
@@ -206,7 +206,7 @@ def draw_reliability(plt, rows: dict, _threads: list[str], _measured: dict):
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(1 + 3 * columns, 0.8 + 3 * lines),
+        figsize=(1 + 2.8 * columns, 1.1 + 2.8 * lines),
         sharex=True,
         sharey=True,
         layout="constrained",
@@ -227,7 +227,6 @@ def draw_reliability(plt, rows: dict, _threads: list[str], _measured: dict):
         axis.set_title(f"{title(row)}\nECE {100 * row['quality']['ece']:.1f} %", loc="left", fontsize=9)
         axis.set_xlim(0, 105)
         axis.set_ylim(0, 105)
-        axis.set_aspect("equal")
     for axis in axes[:, 0]:
         axis.set_ylabel("correct (%)")
     for axis in axes[-1]:
