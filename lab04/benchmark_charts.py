@@ -184,7 +184,7 @@ def draw_confusion(plt, rows: dict, _threads: list[str], measured: dict):
     for axis, row in zip(axes.flat, rows.values(), strict=False):
         counts = np.array(row["quality"]["confusion"])
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (line, column), number in np.ndenumerate(counts):
             if number:
                 ink = "white" if shares[line, column] > 0.5 else "black"
