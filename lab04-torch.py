@@ -30,7 +30,8 @@ def main() -> None:
 
     with artefact.building(arguments.output) as folder:
         print("4. Trace and freeze to TorchScript")
-        trace(quantised, fp32).save(str(folder / MODEL_FILE))
+        # Written by Python: on a full disk PyTorch's own writer ends the whole process.
+        (folder / MODEL_FILE).write_bytes(trace(quantised, fp32).save_to_buffer())
 
         print("5. Check against FP32 on the test headlines")
         artefact.seal(folder, fp32, "torch", "INT8", MODEL_FILE, engine=engine)
