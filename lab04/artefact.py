@@ -103,7 +103,10 @@ def load(folder: Path | str) -> Artefact:
         for name, recorded in manifest["files"].items():
             check_file(folder, name, recorded)
         labels = read_labels(folder / "config.json")
-        if manifest["backend"] not in BUILDERS or manifest["model_file"] not in manifest["files"]:
+        # What will be opened must be among the files just checked.
+        model_file = manifest["model_file"]
+        opened = {"config.json", "tokenizer.json", model_file, manifest.get("graph", model_file)}
+        if manifest["backend"] not in BUILDERS or not opened <= manifest["files"].keys():
             raise ValueError(f"{MANIFEST} names no known backend or model file")
     except FileNotFoundError as error:
         missing = folder if not folder.is_dir() else error.filename
