@@ -82,13 +82,16 @@ def load(model: str = DEFAULT_MODEL) -> Classifier:
     transformers_logging.disable_progress_bar()
     adapter = Path(model) / "adapter_config.json"
     try:
-        config = AutoConfig.from_pretrained(model)
+        # A model is data: no code from its folder or from the hub, and no pickled weights.
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         base = model
         if adapter.exists():
             base = find_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
         check_config(config, model)
-        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True)
-        network = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype="float32", use_safetensors=True, trust_remote_code=False
+        )
         if adapter.exists():
             network = merge_adapter(network, model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: the head has another size
