@@ -90,7 +90,7 @@ def write_artefact(folder: Path, arguments: argparse.Namespace) -> tuple[classif
 
     print("2. Export to ONNX and convert to FP16, LayerNorm kept in FP32")
     with tempfile.TemporaryDirectory() as scratch:
-        convert(lab.export_onnx(fp32, Path(scratch)), folder / GRAPH_FILE)
+        convert(lab.export_onnx(fp32.model, Path(scratch)), folder / GRAPH_FILE)
 
     print("3. Build the TensorRT engine")
     engine = absent = None

@@ -6,7 +6,6 @@ Reads lora-news/adapter (or --model) and writes quantised-model-optimum/: one ON
 ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the exported FP32 graph beside it.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,19 +23,22 @@ def main() -> None:
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model)
 
-    with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
-        print("2. Export to ONNX with Optimum")
-        exported = lab.export_onnx(fp32, Path(scratch))
+    print("2. Trim the last layer to the token that is read; round weights so that their errors cancel")
+    prepared = lab.prepare_int8(fp32)
 
-        print("3. Fuse BERT's attention, layer norms and GELU")
+    with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
+        print("3. Export to ONNX with Optimum")
+        exported = lab.export_onnx(prepared, Path(scratch))
+
+        print("4. Fuse BERT's attention, layer norms and GELU")
         fused = fuse(exported, fp32, Path(scratch))
 
-        print("4. Quantise to dynamic INT8")
+        print("5. Quantise to dynamic INT8")
         quantise(fused, folder / MODEL_FILE)
         if arguments.keep_fp32:
-            shutil.move(exported, folder / FP32_FILE)
+            lab.export_onnx(fp32.model, folder).rename(folder / FP32_FILE)
 
-        print("5. Check against FP32 on the test headlines")
+        print("6. Check against FP32 on the test headlines")
         artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE)
         artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads))
     lab.report(fp32, arguments.output, "python lab04-nvidia.py")
@@ -67,7 +69,7 @@ def fuse(exported: Path, fp32: classifier.Classifier, scratch: Path) -> Path:
 
 
 def quantise(fused: Path, output: Path) -> None:
-    """Write a graph's dynamic INT8 form: signed weights per channel in 7 bits, activations in 8 bits."""
+    """Write the dynamic INT8 form of a graph with rounded weights: per channel, in 7 bits; activations in 8 bits."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -21,12 +21,12 @@ def main() -> None:
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model)
 
-    print("2. Round the weights to 7 bits so that the errors cancel")
-    rounded = lab.round_weights(fp32)
+    print("2. Trim the last layer to the token that is read; round weights so that their errors cancel")
+    prepared = lab.prepare_int8(fp32)
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
     engine = choose_engine()
-    quantised = quantise(rounded)
+    quantised = quantise(prepared)
 
     with artefact.building(arguments.output) as folder:
         print("4. Trace and freeze to TorchScript")
@@ -82,7 +82,7 @@ def quantise(network):
         torch.nn.Embedding: quantization.float_qparams_weight_only_qconfig,
     }
     with warnings.catch_warnings():
-        # torch.ao is deprecated in favour of torchao, whose dynamic INT8 is slower than FP32 on a CPU (pytorch/ao#4365).
+        # torch.ao is deprecated for torchao, whose dynamic INT8 is slower than FP32 on a CPU (pytorch/ao#4365).
         warnings.simplefilter("ignore")
         quantised = quantization.quantize_dynamic(copy.deepcopy(network), recipe)
     replacements = {torch.ao.nn.quantized.dynamic.Linear: DynamicLinear, torch.ao.nn.quantized.Embedding: ByteEmbedding}

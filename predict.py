@@ -297,9 +297,7 @@ def print_summary(runners: list[Runner], tokenise_ms: float, count: int, argumen
     )
     for row in (columns, units, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(
-        f"\nTokenising took {tokenise_ms:.3f} ms a headline (median), apart from these times; all got the same token ids."
-    )
+    print(f"\nTokenising took {tokenise_ms:.3f} ms a headline (median), apart from these times; all got the same ids.")
     check = runners[0].artefact.manifest["check"]
     print(
         f"* same label as the FP32 weights on the lab's {check['headlines']} test headlines, measured when it was built"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import csv
 import logging
 import os
@@ -14,6 +15,8 @@ import numpy as np
 
 from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
 
+TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
+ROUNDING_EVERY = 20  # every twentieth training headline, some 300 of all labels, is enough to know typical inputs
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 READER_GONE = 141  # and for a pipe that nobody reads any more
@@ -57,13 +60,30 @@ def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
     return np.stack(rows)
 
 
-def export_onnx(fp32: classifier.Classifier, folder: Path) -> Path:
-    """Export the merged classifier to `folder`/model.onnx with Optimum: FP32, dynamic batch and length."""
+def prepare_int8(fp32: classifier.Classifier):
+    """A copy of the network as both INT8 labs quantise it: last layer trimmed, weights rounded to 7 bits.
+
+    The rounding looks at some of our *training* headlines; the check has headlines of its own.
+    """
+    from lab04 import rounding
+
+    network = copy.deepcopy(fp32.model)
+    rounding.trim_last_layer(network)
+    texts = read_texts(TRAIN_HEADLINES)[::ROUNDING_EVERY]
+    length = artefact.max_length(fp32)
+    rounding.round_weights(
+        network, [fp32.tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
+    )
+    return network
+
+
+def export_onnx(network, folder: Path) -> Path:
+    """Export a classifier network to `folder`/model.onnx with Optimum: FP32, dynamic batch and length."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with quiet_logging():
         # No validation here: it only warns. The closing check compares the finished artefact and decides.
-        onnx_export_from_model(fp32.model, folder, task="text-classification", do_validation=False)
+        onnx_export_from_model(network, folder, task="text-classification", do_validation=False)
     return folder / "model.onnx"
 
 
@@ -79,14 +99,19 @@ def quiet_logging():
         logging.disable(logging.NOTSET)
 
 
-def test_texts() -> list[str]:
-    """The headlines every lab checks its result on. Agreement with FP32 needs no labels, so they serve any model."""
-    with TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
+def read_texts(headlines: Path) -> list[str]:
+    """The texts of one of our own headline files."""
+    with headlines.open(encoding="utf-8", newline="") as file:
         return [row["text"] for row in csv.DictReader(file)]
 
 
+def test_texts() -> list[str]:
+    """The headlines every lab checks its result on. Agreement with FP32 needs no labels, so they serve any model."""
+    return read_texts(TEST_HEADLINES)
+
+
 def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:
-    """Run the sealed artefact in `folder` as `predict.py` will, and compare it with FP32 on the test headlines.
+    """Run the sealed artefact in `folder` as `predict.py` will, and compare it with FP32 on our test headlines.
 
     Returns the figures of `consistency.check`. Raises LabError if they are out of bounds.
     """
