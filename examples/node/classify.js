@@ -1,0 +1,78 @@
+// Classify headlines with the ONNX INT8 artefact, in Node: the folder a lab wrote is all it needs.
+//
+//     npm install --ignore-scripts        # onnxruntime-node's own install step would fetch a CUDA build
+//     node classify.js                    # the lab's three headlines, ../../quantised-model-optimum
+//     node classify.js FOLDER "Your headline" …
+//
+// Prints one JSON object a headline, in the form of `predict.py --json`.
+
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { Tokenizer } from "@huggingface/tokenizers";
+import ort from "onnxruntime-node";
+
+const HEADLINES = [
+  "Cybersecurity breach exposes NHS patient records",
+  "AI tutor program set to roll out in Scottish schools",
+  "Climate report warns UK cities face extreme flooding by 2030",
+];
+const HERE = dirname(fileURLToPath(import.meta.url));
+
+const [folder = join(HERE, "../../quantised-model-optimum"), ...given] = process.argv.slice(2);
+const readJson = (name) => JSON.parse(readFileSync(join(folder, name), "utf8"));
+
+function readManifest() {
+  const manifest = readJson("manifest.json");
+  for (const [name, { sha256 }] of Object.entries(manifest.files)) {
+    const digest = createHash("sha256").update(readFileSync(join(folder, name))).digest("hex");
+    if (digest !== sha256) throw new Error(`${name} was edited: run python lab04-optimum.py`);
+  }
+  return manifest;
+}
+
+/** Token ids of one headline; a long one is cut as in Python: its end is dropped, the closing token stays. */
+function tokenise(tokenizer, text, maxLength) {
+  const { ids } = tokenizer.encode(text);
+  return ids.length > maxLength ? [...ids.slice(0, maxLength - 1), ids.at(-1)] : ids;
+}
+
+/** The inputs of one unpadded headline: every position counts, and there is one segment. */
+function feeds(names, ids) {
+  const values = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) };
+  const tensor = (name) => new ort.Tensor("int64", BigInt64Array.from(values[name], BigInt), [1, ids.length]);
+  return Object.fromEntries(names.map((name) => [name, tensor(name)]));
+}
+
+function softmax(logits) {
+  const highest = Math.max(...logits);
+  const exponentials = Array.from(logits, (logit) => Math.exp(logit - highest));
+  const sum = exponentials.reduce((a, b) => a + b);
+  return exponentials.map((value) => value / sum);
+}
+
+async function main() {
+  const manifest = readManifest();
+  const labels = Object.values(readJson("config.json").id2label); // integer keys: JavaScript keeps them in order
+  const tokenizer = new Tokenizer(readJson("tokenizer.json"), readJson("tokenizer_config.json"));
+  const session = await ort.InferenceSession.create(join(folder, manifest.model_file), {
+    intraOpNumThreads: 1,
+    interOpNumThreads: 1,
+  });
+  for (const text of given.length ? given : HEADLINES) {
+    const ids = tokenise(tokenizer, text, manifest.tokenizer.max_length);
+    const started = performance.now();
+    const output = await session.run(feeds(session.inputNames, ids));
+    const ms = performance.now() - started;
+    const scores = softmax(output[session.outputNames[0]].data);
+    const id = scores.indexOf(Math.max(...scores));
+    const probabilities = Object.fromEntries(labels.map((label, index) => [label, scores[index]]));
+    console.log(JSON.stringify({ text, tokens: ids.length, label: labels[id], id, probabilities, ms }));
+  }
+}
+
+main().catch((error) => {
+  console.error(`classify.js: ${error.message}`);
+  process.exitCode = 2;
+});

@@ -1,0 +1,205 @@
+"""The artefacts outside Python: Node, C++ and Triton Inference Server.
+
+The C++ example needs ONNX Runtime's headers: ONNXRUNTIME_INCLUDE names their folder if it is not the usual one.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HEADLINES, ROOT, run_script
+
+from lab04 import artefact, backends, consistency
+
+EXAMPLES = ROOT / "examples"
+INCLUDE = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
+ASCII = [*HEADLINES, "NHS-wide 'hack': £0? No - $3m, 40% (so far); \t 2nd [CLS] in week!", "qzxj " * 3, "the " * 200]
+TEXTS = [*ASCII[:3], ASCII[4], "Zürich café naïve", "数字化转型", "ETL: 🙂!", "İstanbul ǅ", "the " * 200]
+
+
+def python_results(folder, texts) -> tuple[list[int], np.ndarray]:
+    """Token counts and probabilities [texts, labels] of the same artefact in Python."""
+    item = artefact.load(folder)
+    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokens = [tokenise([text]) for text in texts]
+    logits = np.concatenate([backend.logits(row) for row in tokens])
+    return [row["input_ids"].shape[1] for row in tokens], consistency.softmax(logits)
+
+
+def check_results(output: str, folder, texts) -> None:
+    records = [json.loads(line) for line in output.splitlines()]
+    counts, probabilities = python_results(folder, texts)
+    assert [record["tokens"] for record in records] == counts
+    for record, expected in zip(records, probabilities, strict=True):
+        assert list(record["probabilities"]) == artefact.load(folder).labels
+        np.testing.assert_allclose(list(record["probabilities"].values()), expected, atol=1e-4)
+        assert record["label"] == artefact.load(folder).labels[record["id"]]
+
+
+# --- Node -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    """`node(folder, *headlines)`: the Node example, its packages installed in a folder of its own."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("no node or npm on this machine")
+    folder = shutil.copytree(
+        EXAMPLES / "node", tmp_path_factory.mktemp("node") / "node", ignore=shutil.ignore_patterns("node_modules")
+    )
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+    installed = subprocess.run(install, cwd=folder, capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"npm install failed: {installed.stderr.strip().splitlines()[-1:]}")
+
+    def run(*arguments):
+        command = ["node", folder / "classify.js", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.mark.parametrize("model", [("bert", 9), ("roberta", 20)], ids="{0[0]}".format)
+def test_node_agrees_with_python(model, node, artefact_folder):
+    folder = artefact_folder("onnx", *model)
+    result = node(folder)
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == HEADLINES
+    check_results(result.stdout, folder, HEADLINES)
+    check_results(node(folder, *TEXTS).stdout, folder, TEXTS)
+
+
+def test_node_refuses_what_is_missing_or_edited(node, artefact_folder, tmp_path):
+    assert node(tmp_path / "nowhere").returncode == 2
+    broken = shutil.copytree(artefact_folder("onnx"), tmp_path / "broken")
+    with (broken / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    result = node(broken)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "classify.js: tokenizer.json was edited: run python lab04-optimum.py\n"
+
+
+# --- C++ --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cpp(tmp_path_factory):
+    """`cpp(folder, *headlines)`: the C++ example, compiled against the ONNX Runtime of the Python wheel."""
+    if not (shutil.which("make") and shutil.which("c++")):
+        pytest.skip("no make or C++ compiler on this machine")
+    if not (INCLUDE / "onnxruntime_c_api.h").exists():
+        pytest.skip(f"no onnxruntime_c_api.h in {INCLUDE}: see examples/cpp/Makefile, set ONNXRUNTIME_INCLUDE")
+    folder = shutil.copytree(EXAMPLES / "cpp", tmp_path_factory.mktemp("cpp") / "cpp")
+
+    made = subprocess.run(
+        ["make", "--always-make", f"INCLUDE={INCLUDE}", f"PYTHON={sys.executable}"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "warning" not in made.stderr
+
+    def run(*arguments):
+        command = [folder / "classify", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_cpp_agrees_with_python(cpp, artefact_folder):
+    folder = artefact_folder("onnx")
+    result = cpp(folder)
+    assert result.returncode == 0, result.stderr
+    check_results(result.stdout, folder, HEADLINES)
+    texts = [text.replace("£", "") for text in ASCII]
+    texts[3] = texts[3].replace("[CLS]", "CLS")  # special tokens in a text are the tokeniser library's own affair
+    check_results(cpp(folder, *texts).stdout, folder, texts)
+
+
+def test_cpp_reports_a_missing_artefact_in_one_line(cpp, tmp_path):
+    result = cpp(tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- Triton -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_config():
+    """Triton's published message type for config.pbtxt, without the client's network libraries."""
+    google = pytest.importorskip("google.protobuf.text_format")
+    package = importlib.util.find_spec("tritonclient")
+    if package is None:
+        pytest.skip("tritonclient, which carries Triton's config schema, is not installed")
+    path = Path(package.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    schema = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schema)
+    return lambda path: google.Parse(path.read_text(encoding="utf-8"), schema.ModelConfig())
+
+
+def write_repository(output, *artefacts):
+    return run_script("examples/triton/model_repository.py", "--artefacts", *artefacts, "--output", output)
+
+
+def test_triton_configuration_follows_the_published_schema(model_config, artefact_folder, tmp_path):
+    folders = [artefact_folder("onnx"), artefact_folder("tensorrt", "roberta", 20)]
+    result = write_repository(tmp_path / "models", *folders)
+    assert result.returncode == 0, result.stderr
+    for folder, kind, batch_inputs in zip(folders, ("KIND_CPU", "KIND_AUTO"), (3, 2), strict=True):
+        model = tmp_path / "models" / folder.name
+        config = model_config(model / "config.pbtxt")
+        item = artefact.load(folder)
+        assert (config.name, config.backend) == (folder.name, "onnxruntime")
+        assert (model / "1" / config.default_model_filename).read_bytes() == item.model_file.read_bytes()
+        assert (model / config.output[0].label_filename).read_text().splitlines() == item.labels
+        assert config.instance_group[0].Kind.Name(config.instance_group[0].kind) == kind
+        assert len(config.input) == batch_inputs
+        check_against_graph(config, item.model_file)
+
+
+def check_against_graph(config, graph) -> None:
+    """Names, types and shapes in the configuration are those of the ONNX file, less the batch dimension."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph)
+    triton_types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32"}
+    for mine, theirs in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert {tensor.name for tensor in mine} == {tensor.name for tensor in theirs}
+        for tensor in mine:
+            [true] = [other for other in theirs if other.name == tensor.name]
+            assert (
+                tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
+                == (triton_types[true.type])
+            )
+            assert list(tensor.dims) == [size if isinstance(size, int) else -1 for size in true.shape[1:]]
+
+
+def test_triton_gets_an_engine_with_its_own_limits(model_config, artefact_folder, tmp_path):
+    """The engine's bytes do not matter here, its manifest does: no GPU builds one on this machine."""
+    folder = shutil.copytree(artefact_folder("tensorrt"), tmp_path / "quantised-model-tensorrt")
+    (folder / "model.plan").write_bytes(b"engine")
+    manifest = artefact.load(folder).manifest
+    engine = {"gpu": "any", "tensorrt": "11.1", "profile": {"min": [1, 4], "opt": [8, 32], "max": [16, 64]}}
+    files = {**manifest["files"], "model.plan": artefact.describe_file(folder / "model.plan")}
+    artefact.write_manifest(folder, {**manifest, "model_file": "model.plan", "engine": engine, "files": files})
+    result = write_repository(tmp_path / "models", folder)
+    assert result.returncode == 0, result.stderr
+    config = model_config(tmp_path / "models" / folder.name / "config.pbtxt")
+    assert (config.backend, config.max_batch_size, config.default_model_filename) == ("tensorrt", 16, "model.plan")
+    assert config.instance_group[0].Kind.Name(config.instance_group[0].kind) == "KIND_GPU"
+    assert (tmp_path / "models" / folder.name / "1" / "model.plan").read_bytes() == b"engine"
+
+
+def test_triton_refuses_what_it_cannot_serve(artefact_folder, tmp_path):
+    for folder in (artefact_folder("torch"), tmp_path / "nowhere"):
+        result = write_repository(tmp_path / "models", folder)
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "models").exists()
