@@ -59,7 +59,7 @@ class Runner:
     """
 
     artefact: artefact.Artefact
-    backend: object
+    backend: backends.Backend
     reason: str = ""
     times_ms: array = field(default_factory=lambda: array("d"))
     labelled: int = 0
@@ -175,7 +175,7 @@ def run_headline(runners: list[Runner], tokens: artefact.Tokens, runs: int) -> l
 
     Every round calls the backends in a new random order, so that none is always measured in another's wake.
     """
-    times_ms = [[] for _ in runners]
+    times_ms: list[list[float]] = [[] for _ in runners]
     logits = [np.empty(0)] * len(runners)
     for _ in range(runs):
         for place in random.sample(range(len(runners)), len(runners)):

@@ -7,6 +7,7 @@ CPU threads; each imports its library only when it is opened.
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,14 @@ class Unavailable(LabError):
 
 
 class Backend:
-    """What every runtime has beside `name`, `device` and `logits`: it can be closed, or used in a `with` block."""
+    """What every runtime has: a name, a device, `logits`, and it can be closed, or used in a `with` block."""
+
+    name: str
+    device: str
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Give back what the process would otherwise hold until its end."""
@@ -137,4 +145,8 @@ def open_tensorrt(artefact: Artefact, threads: int):
     return TensorRTBackend(artefact, threads)
 
 
-BACKENDS = {"torch": TorchBackend, "onnxruntime": OnnxRuntimeBackend, "tensorrt": open_tensorrt}
+BACKENDS: dict[str, Callable[[Artefact, int], Backend]] = {
+    "torch": TorchBackend,
+    "onnxruntime": OnnxRuntimeBackend,
+    "tensorrt": open_tensorrt,
+}

