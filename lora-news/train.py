@@ -149,7 +149,7 @@ def read_rows(source: str | Path) -> list[dict]:
             rows = load_dataset(str(source), split="train").to_list()
     except Exception as error:  # the library raises a different class for every way a source can be missing
         raise LabError(
-            f"cannot read {source}: {classifier.first_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
+            f"cannot read {source}: {classifier.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
         ) from error
     if not rows:
         raise LabError(f"{source} has no rows")
@@ -173,7 +173,7 @@ def build_network(base: str, labels: list[str]):
                 folder, num_labels=len(labels), id2label=names, label2id={name: index for index, name in names.items()}
             )
     except (OSError, ValueError) as error:
-        raise LabError(f"cannot load the base {base}: {classifier.first_line(error)}") from error
+        raise LabError(f"cannot load the base {base}: {classifier.one_line(error)}") from error
     modules = {name.rpartition(".")[2] for name, _ in network.named_modules()}
     lora = LoraConfig(
         task_type="SEQ_CLS",
