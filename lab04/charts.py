@@ -47,6 +47,20 @@ def save_confidence_chart(path: Path, headline: str, labels: list[str], rows: li
     save(figure, path)
 
 
+def save_confusion_matrix(path: Path, counts: np.ndarray, labels: list[str], title: str) -> None:
+    """Save counts [expected, predicted] as a chart. Raises LabError if the file cannot be written."""
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    plt = pyplot()
+    side = 3 + 0.5 * len(labels)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    ConfusionMatrixDisplay(counts, display_labels=labels).plot(
+        ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45
+    )
+    axes.set_title(title, parse_math=False)
+    save(figure, path)
+
+
 def pyplot():
     """matplotlib's pyplot on the Agg canvas, with fonts for many scripts and no notice of missing glyphs."""
     import logging
