@@ -73,10 +73,13 @@ def quantise(fused: Path, output: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(fused)
+    quantise_embeddings(model.graph)
     with lab.quiet_logging():
         quantize_dynamic(
-            str(fused),
+            model,
             str(output),
+            op_types_to_quantize=["Attention", "MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
             per_channel=True,
             # 7-bit weights: 8-bit ones overflow the 16-bit sums of CPUs without VNNI, and one file must serve both.
@@ -84,6 +87,40 @@ def quantise(fused: Path, output: Path) -> None:
             # Fused operators carry no type information of their own; all floats in this graph are FP32.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
+
+
+def quantise_embeddings(graph) -> None:
+    """Store every embedding table in INT8 with one scale a row; ONNX Runtime itself would take one for the table.
+
+    `Gather(table, ids)` becomes `Cast(Gather(rows, ids)) * Gather(scales, ids)`, standard ONNX that runs anywhere.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    tables = {item.name: item for item in graph.initializer}
+    for gather in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]:
+        table = numpy_helper.to_array(tables[gather.input[0]])
+        if table.dtype != np.float32 or table.ndim != 2:
+            continue
+        name, ids = gather.output[0], gather.input[1]
+        scales = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, 1e-12).astype(np.float32)
+        rows = np.rint(table / scales).astype(np.int8)
+        graph.initializer.extend(
+            [numpy_helper.from_array(rows, f"{name}_rows"), numpy_helper.from_array(scales, f"{name}_scales")]
+        )
+        place = list(graph.node).index(gather)
+        graph.node.remove(gather)
+        for offset, node in enumerate(
+            (
+                helper.make_node("Gather", [f"{name}_rows", ids], [f"{name}_int8"], axis=0),
+                helper.make_node("Cast", [f"{name}_int8"], [f"{name}_float"], to=TensorProto.FLOAT),
+                helper.make_node("Gather", [f"{name}_scales", ids], [f"{name}_scale"], axis=0),
+                helper.make_node("Mul", [f"{name}_float", f"{name}_scale"], [name]),
+            )
+        ):
+            graph.node.insert(place + offset, node)
+        if not any(gather.input[0] in node.input for node in graph.node):
+            graph.initializer.remove(tables[gather.input[0]])
 
 
 if __name__ == "__main__":

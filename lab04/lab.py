@@ -69,7 +69,7 @@ def prepare_int8(fp32: classifier.Classifier):
 
     network = copy.deepcopy(fp32.model)
     rounding.trim_last_layer(network)
-    texts = read_texts(TRAIN_HEADLINES)[::ROUNDING_EVERY]
+    texts = [row["text"] for row in read_rows(TRAIN_HEADLINES)[::ROUNDING_EVERY]]
     length = artefact.max_length(fp32)
     rounding.round_weights(
         network, [fp32.tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
@@ -99,15 +99,15 @@ def quiet_logging():
         logging.disable(logging.NOTSET)
 
 
-def read_texts(headlines: Path) -> list[str]:
-    """The texts of one of our own headline files."""
+def read_rows(headlines: Path) -> list[dict]:
+    """The rows of one of our own headline files: dicts of `text` and `label`."""
     with headlines.open(encoding="utf-8", newline="") as file:
-        return [row["text"] for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def test_texts() -> list[str]:
     """The headlines every lab checks its result on. Agreement with FP32 needs no labels, so they serve any model."""
-    return read_texts(TEST_HEADLINES)
+    return [row["text"] for row in read_rows(TEST_HEADLINES)]
 
 
 def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:

@@ -1,0 +1,71 @@
+# The whole lab in two commands: `make lab` and `make test`. `make` alone lists the rest.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+SHARED := $(addprefix lab04/,__init__.py artefact.py backends.py classifier.py consistency.py lab.py)
+WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) lora-news/headlines/train.csv lora-news/headlines/test.csv
+BERT_BASE := quantised-model-bert-base
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test bench bench-bert-base bench-peers readme clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
+
+lab: quantised-model-torch/manifest.json quantised-model-optimum/manifest.json quantised-model-tensorrt/manifest.json ## quantise three ways, compare on three headlines
+	@$(RUN) predict.py
+	@echo "Wrote quantised-model-torch/ quantised-model-optimum/ quantised-model-tensorrt/ confidence_*.png"
+
+test: .venv/installed-tests ## lint and tests
+	$(RUN) -m pip check
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
+	$(RUN) benchmark.py
+
+bench-peers: lab .venv/installed-peers ## the same beside what one would otherwise use
+	$(RUN) benchmark.py --peers --tag peers
+
+bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-base, with random weights
+	$(RUN) -m lab04.bert_base models/bert-base
+	$(RUN) lab04-torch.py --model models/bert-base --output $(BERT_BASE)-torch
+	$(RUN) lab04-optimum.py --model models/bert-base --output $(BERT_BASE)-optimum
+	$(RUN) lab04-nvidia.py --model models/bert-base --output $(BERT_BASE)-tensorrt || [ $$? -eq 3 ]
+	$(RUN) benchmark.py --model models/bert-base --random-weights --tag bert-base \
+		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
+
+readme: .venv/installed ## write the README's figures from results/
+	$(RUN) benchmark.py --readme
+
+clean: ## remove what `make lab` wrote, but for the environment
+	rm -rf quantised-model-*/ confidence_*.png models/
+
+quantised-model-torch/manifest.json: lab04-torch.py lab04/rounding.py $(SHARED) $(WEIGHTS) .venv/installed
+	$(RUN) lab04-torch.py
+
+quantised-model-optimum/manifest.json: lab04-optimum.py lab04/rounding.py $(SHARED) $(WEIGHTS) .venv/installed
+	$(RUN) lab04-optimum.py
+
+# Exit code 3 says that there is no TensorRT engine on this machine: a row with its reason, not a failure.
+quantised-model-tensorrt/manifest.json: lab04-nvidia.py lab04/tensorrt_build.py lab04/tensorrt_engine.py $(SHARED) $(WEIGHTS) .venv/installed
+	$(RUN) lab04-nvidia.py || [ $$? -eq 3 ]
+
+.venv/installed: requirements.txt
+	@echo "Installing requirements.txt into .venv (about 2 GB, a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the lab needs Python 3.11 or newer: make PYTHON=python3.11 lab")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-tests: .venv/installed requirements/test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements/test.txt
+	@touch $@
+
+.venv/installed-peers: .venv/installed requirements/peers.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements/peers.txt
+	@touch $@

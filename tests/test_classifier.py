@@ -1,0 +1,41 @@
+"""The shipped weights: what the adapter says, the merged model says."""
+
+import json
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from lab04 import classifier, lab
+
+LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"]
+
+
+def test_merged_logits_equal_adapter_logits():
+    merged = classifier.load()
+    base = AutoModelForSequenceClassification.from_pretrained(
+        classifier.find_base(classifier.DEFAULT_BASE), config=AutoConfig.from_pretrained(classifier.DEFAULT_MODEL)
+    )
+    adapter = PeftModel.from_pretrained(base, classifier.DEFAULT_MODEL).eval()
+    tokens = merged.tokenizer(lab.test_texts()[:64], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        np.testing.assert_allclose(merged.model(**tokens).logits, adapter(**tokens).logits, atol=2e-5)
+
+
+def test_the_shipped_adapter_is_the_one_its_card_describes():
+    merged = classifier.load()
+    record = json.loads((classifier.ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
+    assert merged.labels == LABELS
+    assert merged.weights_sha256 == record["weights_sha256"]
+
+
+def test_test_headlines_are_classified_as_the_model_card_says():
+    from sklearn.metrics import f1_score
+
+    merged = classifier.load()
+    rows = lab.read_rows(lab.TEST_HEADLINES)
+    predicted = lab.fp32_logits(merged, [row["text"] for row in rows]).argmax(axis=1)
+    macro_f1 = f1_score([merged.labels.index(row["label"]) for row in rows], predicted, average="macro")
+    record = json.loads((classifier.ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
+    assert abs(macro_f1 - record["results"]["headlines/test.csv"]["macro_f1"]) < 0.005

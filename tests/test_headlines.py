@@ -1,0 +1,42 @@
+"""Our own headlines: enough of every label, and no two alike within or between the files."""
+
+from collections import Counter
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from lab04 import lab
+
+LABELS = {"Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"}
+TOO_ALIKE = 0.8  # cosine of character 3- to 5-grams; the same sentence with one noun swapped is above it
+
+
+def most_alike(texts: list[str]) -> tuple[float, str, str]:
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(texts)
+    alike = (vectors @ vectors.T).tolil()
+    alike.setdiag(0)
+    alike = alike.tocsr()
+    first, second = np.unravel_index(alike.argmax(), alike.shape)
+    return alike[first, second], texts[first], texts[second]
+
+
+def test_every_label_has_enough_headlines():
+    train, test = (
+        Counter(row["label"] for row in lab.read_rows(path)) for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES)
+    )
+    assert set(train) == set(test) == LABELS
+    assert min(train.values()) >= 150
+    assert min(test.values()) >= 40
+
+
+def test_no_two_headlines_are_alike():
+    texts = [row["text"] for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES) for row in lab.read_rows(path)]
+    score, first, second = most_alike(texts)
+    assert score < TOO_ALIKE, f"{first!r} and {second!r}"
+
+
+def test_a_swapped_noun_counts_as_alike():
+    pair = ["School in Leeds closes after roof collapse leaves pupils without classrooms"]
+    pair.append(pair[0].replace("Leeds", "Derby"))
+    score, _, _ = most_alike([*pair, *(row["text"] for row in lab.read_rows(lab.TEST_HEADLINES))])
+    assert score >= TOO_ALIKE
