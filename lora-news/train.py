@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,11 @@ ANCHOR_WEIGHT = 5.0
 RANGE_LIMIT = 4.0
 RANGE_WEIGHT = 5e-4
 
+# Four labels have AG News and ours, five have ours alone. Headlines outside do not come in those shares: a quarter of
+# the log-prior taken off the logits (Menon et al., "Long-tail learning via logit adjustment", arXiv:2007.07314) scored
+# best on our dev headlines without loss on AG News'.
+PRIOR_CORRECTION = 0.25
+
 
 def main() -> None:
     arguments = parse_arguments()
@@ -59,6 +65,7 @@ def main() -> None:
     trainer = build_trainer(arguments, network, tokenizer, labels, train_rows, dev_rows + ag_dev_rows)
     trainer.train(resume_from_checkpoint=arguments.resume)
     minutes = (time.perf_counter() - started) / 60
+    correct_prior(trainer.model, labels, train_rows)
     save_adapter(trainer.model, tokenizer, arguments)
     report(
         arguments, trainer, labels, {"headlines/test.csv": test_rows, "AG News titles held out": ag_dev_rows}, minutes
@@ -301,6 +308,20 @@ def checkpoints(output: Path) -> Path:
 
 
 # --- Results ----------------------------------------------------------------------------------------------
+
+
+def correct_prior(network, labels: list[str], train_rows: list[dict]) -> None:
+    """Take PRIOR_CORRECTION times the log of each label's share of the training rows off its logit, in the bias."""
+    import torch
+
+    counts = Counter(row["label"] for row in train_rows)
+    shares = torch.tensor([counts[label] / len(train_rows) for label in labels])
+    bias = next(
+        parameter
+        for name, parameter in network.named_parameters()
+        if name.endswith(("classifier.modules_to_save.default.bias", "out_proj.bias")) and "original" not in name
+    )
+    bias.data -= PRIOR_CORRECTION * shares.log()
 
 
 def save_adapter(network, tokenizer, arguments: argparse.Namespace) -> None:
