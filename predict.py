@@ -83,6 +83,14 @@ def main() -> None:
         write_report(runners, tokenise, headlines, arguments)
 
 
+def natural(text: str) -> int:
+    """An argument that must be a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -95,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         "--threads", type=lab.positive, default=backends.DEFAULT_THREADS, help="CPU threads each (default: %(default)s)"
     )
     add("--runs", type=lab.positive, help=f"timed calls a headline (default: {RUNS}, with --file 1)")
-    add("--charts", type=int, default=CHARTS, help="draw at most this many charts (default: %(default)s)")
+    add("--charts", type=natural, default=CHARTS, help="draw at most this many charts (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object a headline on stdout and nothing else; no charts")
     arguments = parser.parse_args()
     if arguments.headlines and arguments.file:

@@ -82,7 +82,7 @@ class Tokeniser:
 
 
 def clean(text: str) -> str:
-    """Replace lone surrogates, which no UTF-8 library accepts, by the replacement character."""
+    """Replace lone surrogates, which no UTF-8 library accepts, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
 
 
