@@ -15,8 +15,8 @@ import numpy as np
 from lab04 import LabError
 from lab04.artefact import Artefact, Tokens, rebuild_command
 
-# One thread: on the two cores this was measured on a second one gains nothing for one headline of a small
-# model, and its latency then depends on whoever else wants that core (README, "Threads").
+# One thread: a second one gains far less than another half for one headline of a small model, and its latency then
+# depends on whoever else wants that core (README, "Threads").
 DEFAULT_THREADS = 1
 
 

@@ -149,7 +149,7 @@ def draw_throughput(plt, rows: dict, threads: list[str], _measured: dict):
         axis.set_xticks([int(batch) for batch in rates], list(rates))
         axis.set_xlabel("batch size (headlines, sorted by length)")
         axis.set_title(f"{count} thread{'s' * (count != '1')}", loc="left", fontsize=10)
-        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)  # once all is drawn: it ends the scaling that the panels share
     axes[0, 0].set_ylabel("headlines per second")
     tidy(axes.flat)
     figure.legend(

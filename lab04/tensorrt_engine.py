@@ -30,7 +30,7 @@ class TensorRTBackend(Backend):
     def __init__(self, artefact: Artefact, threads: int = 1):
         facts = artefact.manifest["engine"]
         if facts is None:
-            raise Unavailable(f"no engine in {artefact.folder}: on a machine with an NVIDIA GPU {REBUILD}")
+            raise Unavailable(f"no engine in {artefact.folder.name}: on a machine with an NVIDIA GPU {REBUILD}")
         trt, cuda = import_tensorrt(), import_pycuda()
         machine = describe_machine(trt, cuda)
         if any(facts[key] != machine[key] for key in machine):
