@@ -150,7 +150,7 @@ def test_tensorrt_rtx_builds_the_graph_as_fp16(minilm, capsys):
 def test_an_fp32_graph_is_refused_before_the_build(fp32, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: make test installs it")
     log = tensorrt_engine.make_logger(trt)
-    network, _parser = tensorrt_build.parse(trt, trt.Builder(log), lab.export_onnx(fp32, tmp_path), log)
+    network, _parser = tensorrt_build.parse(trt, trt.Builder(log), lab.export_onnx(fp32.model, tmp_path), log)
     with pytest.raises(LabError, match=r"0 of \d+ matrix products in FP16"):
         tensorrt_build.check_network(trt, network, fp32.input_names)
 
