@@ -1,6 +1,6 @@
 """Compare the quantised backends on a few headlines: top five, times, a chart each, and a summary.
 
-    python predict.py                                  # the lab's three headlines, about 4 seconds
+    python predict.py                                  # the lab's three headlines, about 5 seconds
     python predict.py "Your headline" "Another one"
     python predict.py --file my.csv                    # one headline a line, or CSV with text[,label]
     python predict.py --json --file - < my.txt         # for the next program in the pipe
