@@ -63,7 +63,6 @@ class Tokeniser:
         self._tokenizer.no_padding()
         self._pad_id = config["pad_id"]
         self._names = config["inputs"]
-        self.sha256 = artefact.manifest["files"]["tokenizer.json"]["sha256"]
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""

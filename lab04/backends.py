@@ -15,7 +15,7 @@ import numpy as np
 from lab04 import LabError
 from lab04.artefact import Artefact, Tokens, rebuild_command
 
-# One thread: a second one gains far less than another half for one headline of a small model, and its latency then
+# One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (README, "Threads").
 DEFAULT_THREADS = 1
 
