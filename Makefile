@@ -7,7 +7,7 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -39,16 +39,19 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 	$(RUN) benchmark.py --model models/bert-base --random-weights --tag bert-base \
 		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
 
+bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
+	$(RUN) -m lab04.ablation
+
 readme: .venv/installed ## write the README's figures from results/
 	$(RUN) benchmark.py --readme
 
 clean: ## remove what `make lab` wrote, but for the environment
 	rm -rf quantised-model-*/ confidence_*.png models/
 
-quantised-model-torch/manifest.json: lab04-torch.py lab04/rounding.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-torch/manifest.json: lab04-torch.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-torch.py
 
-quantised-model-optimum/manifest.json: lab04-optimum.py lab04/rounding.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-optimum/manifest.json: lab04-optimum.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-optimum.py
 
 # Exit code 3 says that there is no TensorRT engine on this machine: a row with its reason, not a failure.

@@ -9,10 +9,11 @@ ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the
 import tempfile
 from pathlib import Path
 
-from lab04 import artefact, classifier, lab
+from lab04 import artefact, classifier, lab, preparation
 
 MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
 FP32_FILE = "model.onnx"
+SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin"))
 
 
 def main() -> None:
@@ -23,8 +24,8 @@ def main() -> None:
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model)
 
-    print("2. Trim the last layer to the token that is read; round weights so that their errors cancel")
-    prepared = lab.prepare_int8(fp32)
+    print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
+    prepared = preparation.prepare(fp32)
 
     with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
         print("3. Export to ONNX with Optimum")
@@ -46,15 +47,18 @@ def main() -> None:
 
 def fuse(exported: Path, fp32: classifier.Classifier, scratch: Path) -> Path:
     """Fuse an exported FP32 graph with ONNX Runtime's BERT optimiser; print how many nodes of each kind it made."""
+    import onnx
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
     options = FusionOptions("bert")
     options.enable_embed_layer_norm = False  # a fused embedding stays FP32; separate Gathers are quantised to 8 bits
     config = fp32.model.config
+    exported = onnx.load(exported)
+    scales = take_out_scales(exported.graph)
     with lab.quiet_logging():
         model = optimizer.optimize_model(
-            str(exported),
+            exported,
             model_type="bert",  # the family: DistilBERT, RoBERTa and ELECTRA have the same layers
             num_heads=config.num_attention_heads,
             hidden_size=config.hidden_size,
@@ -63,9 +67,36 @@ def fuse(exported: Path, fp32: classifier.Classifier, scratch: Path) -> Path:
         )
     fused = {kind: count for kind, count in model.get_fused_operator_statistics().items() if count}
     print("   " + ", ".join(f"{count} {kind}" for kind, count in fused.items()))
+    put_back_scales(model.model.graph, scales)
     path = scratch / "fused.onnx"
     model.save_model_to_file(str(path))
     return path
+
+
+def take_out_scales(graph) -> dict:
+    """Remove the scaling of the inputs of query, key and value, which would hide an attention from the optimiser.
+
+    Returns the Mul and its initialiser for each tensor that was scaled, for `put_back_scales`.
+    """
+    constants = {item.name: item for item in graph.initializer}
+    scales = {}
+    for mul in [node for node in graph.node if node.op_type == "Mul" and node.input[1].endswith(SCALES_OF_ATTENTION)]:
+        if mul.input[1] in constants:  # of the three equal ones the exporter keeps one, and names it from the others
+            scales[mul.input[0]] = mul, constants[mul.input[1]]
+        graph.node.remove(mul)
+        for node in graph.node:
+            node.input[:] = [mul.input[0] if name == mul.output[0] else name for name in node.input]
+    return scales
+
+
+def put_back_scales(graph, scales: dict) -> None:
+    """Scale the tensors in `scales` again where an attention, or a product that was not fused into one, reads them."""
+    for tensor, (mul, constant) in scales.items():
+        readers = [node for node in graph.node if node.op_type in ("Attention", "MatMul") and node.input[0] == tensor]
+        for node in readers:
+            node.input[0] = mul.output[0]
+        graph.node.insert(list(graph.node).index(readers[0]), mul)
+        graph.initializer.append(constant)
 
 
 def quantise(fused: Path, output: Path) -> None:

@@ -9,8 +9,7 @@ loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled
 import copy
 import warnings
 
-from lab04 import LabError, artefact, classifier, lab
-from lab04.rounding import STEPS
+from lab04 import LabError, artefact, classifier, lab, preparation
 
 MODEL_FILE = "model_int8.pt"
 
@@ -21,8 +20,8 @@ def main() -> None:
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model)
 
-    print("2. Trim the last layer to the token that is read; round weights so that their errors cancel")
-    prepared = lab.prepare_int8(fp32)
+    print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
+    prepared = preparation.prepare(fp32)
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
     engine = choose_engine()
@@ -54,7 +53,7 @@ def choose_engine() -> str:
 
 
 def quantise(network):
-    """A copy of a classifier with rounded weights (`lab04.rounding`) in dynamic INT8 Linear and 8-bit Embedding.
+    """A copy of a classifier with rounded weights (`lab04.preparation`) in dynamic INT8 Linear and 8-bit Embedding.
 
     PyTorch's own dynamic Linear keeps 8-bit weights from saturating on CPUs without VNNI by giving the activations
     7 bits. They carry most of the error, so here the weights have the 7 and the activations all 8.
@@ -75,7 +74,10 @@ def quantise(network):
             return super().forward(indices.contiguous())
 
     weights = quantization.PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-STEPS, quant_max=STEPS
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        quant_min=-preparation.STEPS,
+        quant_max=preparation.STEPS,
     )
     recipe = {
         torch.nn.Linear: quantization.QConfig(activation=quantization.default_dynamic_quant_observer, weight=weights),

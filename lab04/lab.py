@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import csv
 import logging
 import os
@@ -16,7 +15,6 @@ import numpy as np
 from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
 
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
-ROUNDING_EVERY = 20  # every twentieth training headline, some 300 of all labels, is enough to know typical inputs
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 READER_GONE = 141  # and for a pipe that nobody reads any more
@@ -58,23 +56,6 @@ def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
             tokens = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32), return_tensors="pt")
             rows.append(fp32.model(**tokens).logits[0].numpy())
     return np.stack(rows)
-
-
-def prepare_int8(fp32: classifier.Classifier):
-    """A copy of the network as both INT8 labs quantise it: last layer trimmed, weights rounded to 7 bits.
-
-    The rounding looks at some of our *training* headlines; the check has headlines of its own.
-    """
-    from lab04 import rounding
-
-    network = copy.deepcopy(fp32.model)
-    rounding.trim_last_layer(network)
-    texts = [row["text"] for row in read_rows(TRAIN_HEADLINES)[::ROUNDING_EVERY]]
-    length = artefact.max_length(fp32)
-    rounding.round_weights(
-        network, [fp32.tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
-    )
-    return network
 
 
 def export_onnx(network, folder: Path) -> Path:

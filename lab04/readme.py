@@ -186,6 +186,16 @@ def cold_start(measured: dict) -> str:
     return table([*head, "peak memory (MB)"], rows)
 
 
+def ablation(measured: dict) -> str:
+    """What each step of the INT8 preparation is worth (lab04/ablation.py)."""
+    rows = [
+        [row["step"], f"{100 * row['error']:.1f}", str(row["changed"]), f"{row['speed']:.2f}×"]
+        for row in measured["steps"]
+    ]
+    head = ["PyTorch INT8", "logit error (% of spread)", f"changed, of {measured['headlines']:,}", "speed"]
+    return table(head, rows)
+
+
 def original(measured: dict) -> str:
     """The course lab's own table, beside this run's rows for the same three backends."""
     threads = str(measured["settings"]["threads"][0])
@@ -213,6 +223,7 @@ TABLES = {
     "throughput": throughput,
     "cold-start": cold_start,
     "original": original,
+    "ablation": ablation,
 }
 
 

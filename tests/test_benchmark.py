@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,20 @@ import pytest
 from conftest import ROOT, run_script
 
 import benchmark
-from lab04 import LabError, artefact, backends, environment, headlines, lab, peers, readme, results, worker
+from lab04 import (
+    LabError,
+    ablation,
+    artefact,
+    backends,
+    environment,
+    headlines,
+    lab,
+    peers,
+    preparation,
+    readme,
+    results,
+    worker,
+)
 
 with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
     TEXTS = [row["text"] for row in csv.DictReader(file)][:40]
@@ -345,7 +359,8 @@ def test_cpu_is_named_by_generation(tmp_path):
 
 def test_readme_blocks_are_filled(quick_run):
     root, name = quick_run[1].parent, quick_run[1].name
-    tables = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in readme.TABLES)
+    of_a_run = readme.TABLES.keys() - {"ablation"}
+    tables = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
     text = f"Before\n{tables}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
     filled = readme.fill(text, root)
     size = results.load(quick_run[1])["backends"]["torch-int8"]["model_mb"]
@@ -356,6 +371,20 @@ def test_readme_blocks_are_filled(quick_run):
         readme.fill(f"<!-- results:{name}/nonsense --><!-- /results -->", root)
     with pytest.raises(LabError, match="run python benchmark.py"):
         readme.fill("<!-- results:elsewhere/summary --><!-- /results -->", root)
+
+
+def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "EVERY", 100)
+    model = ["--model", str(model_folder("minilm", 9))]
+    monkeypatch.setattr(sys, "argv", ["ablation", *model, "--data", str(data), "--output", str(tmp_path)])
+    ablation.main()
+    [folder] = tmp_path.iterdir()
+    steps = results.load(folder)["steps"]
+    assert len(steps) == 2 + len(ablation.STEPS)
+    assert steps[0]["speed"] == 1 and all(row["speed"] > 0 for row in steps)
+    assert steps[-1]["error"] < min(row["error"] for row in steps[:-1])
+    filled = readme.fill(f"<!-- results:{folder.name}/ablation --><!-- /results -->", tmp_path)
+    assert f"| {100 * steps[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
 def test_readme_says_what_was_measured():

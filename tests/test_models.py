@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import HEADLINES, POSITIONS, run_in_process, run_script, training_texts
 
-from lab04 import artefact, backends, classifier, consistency, lab
+from lab04 import artefact, backends, classifier, consistency, lab, preparation
 
 MODELS = [("bert", 9), ("distilbert", 2), ("roberta", 20), ("minilm", 100), ("electra", 9), ("adapter", 9)]
 INT8 = ["torch", "onnx"]
@@ -90,6 +90,37 @@ def test_int8_logits_differ_from_fp32_by_rounding_only(backend, model, artefact_
     assert rms(np.roll(reference, 1, axis=0) - reference) > 5 * TIMES_ROUNDING * rounding
     for logits in (single, padded):
         assert consistency.compare(reference, logits)["decided_agreement"] >= consistency.MIN_DECIDED_AGREEMENT
+
+
+@pytest.mark.parametrize("script", ["lab04-torch.py", "lab04-optimum.py"])
+def test_large_input_columns_cost_little(script, model_folder, texts, tmp_path):
+    """Trained encoders have a few columns many times as large as the rest; random ones must be given some."""
+    network = classifier.load(str(model_folder("minilm", 9)))
+    for name, parameter in network.model.named_parameters():
+        if name.endswith("attention.output.LayerNorm.weight"):
+            parameter.data[7] = 20
+    network.model.save_pretrained(tmp_path / "model")
+    network.tokenizer.save_pretrained(tmp_path / "model")
+    fp32 = classifier.load(str(tmp_path / "model"))
+    reference = lab.fp32_logits(fp32, texts)
+    plain = lab.fp32_logits(dataclasses.replace(fp32, model=rounded_copy(fp32.model)), texts) - reference
+    assert run_in_process(script, "--model", tmp_path / "model", "--output", tmp_path / "built") == 0
+    built = artefact.load(tmp_path / "built")
+    runtime, tokenise = backends.open_backend(built), artefact.Tokeniser(built)
+    logits = np.concatenate([runtime.logits(tokenise([text])) for text in texts])
+    assert rms(logits - reference) < 0.6 * rms(plain)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_preparation_changes_nothing_but_the_rounding(family, model_folder, texts, monkeypatch):
+    fp32 = classifier.load(str(model_folder(family, 9)))
+    monkeypatch.setattr(preparation, "round_matrix", lambda weight, moment: weight)
+    monkeypatch.setattr(preparation, "LARGE", 0)  # scale every input
+    prepared = preparation.prepare(fp32)
+    assert any(name.endswith("inverse_scale") for name, _ in prepared.named_buffers())
+    np.testing.assert_allclose(
+        lab.fp32_logits(dataclasses.replace(fp32, model=prepared), texts), lab.fp32_logits(fp32, texts), atol=1e-4
+    )
 
 
 def test_fp16_logits_are_fp32_ones(model, artefact_folder, texts, reference):
