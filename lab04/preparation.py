@@ -14,7 +14,7 @@ from lab04 import artefact, classifier, lab
 # 7-bit weights: two products with 8-bit activations still fit the 16-bit sums of CPUs without VNNI, so one artefact
 # is right on all of them. PyTorch and ONNX Runtime both take scale = row maximum / STEPS for such weights.
 STEPS = 64
-EVERY = 10  # every tenth training headline, over a thousand of all labels, is enough to know typical inputs
+EVERY = 10  # every tenth training headline, some 900 of all labels, is enough to know typical inputs
 LARGE = 4.0  # inputs below it are left as they are: scaling them gains nothing and takes time
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper: inputs of headlines do not span all columns
 

@@ -213,7 +213,7 @@ def build_trainer(arguments, network, tokenizer, labels: list[str], train_rows: 
             anchor, ag_news, truth = (inputs.pop(name) for name in ("anchor", "ag_news", "labels"))
             outputs = model(**inputs)
             offset = AG_NEWS_OFFSET * (ag_news[:, None] & others.to(ag_news.device))
-            # Smoothing keeps the scores calibrated: the charts show them as confidence.
+            # Smoothing: where two labels touch, the one in the file is not the only right one.
             loss = torch.nn.functional.cross_entropy(
                 outputs.logits - offset, truth, reduction="none", label_smoothing=0.05
             )
