@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-SHARED := $(addprefix lab04/,__init__.py artefact.py backends.py classifier.py consistency.py lab.py)
+SHARED := $(addprefix lab04/,__init__.py artefact.py backend.py backends.py classifier.py consistency.py lab.py)
 WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) lora-news/headlines/train.csv lora-news/headlines/test.csv
 BERT_BASE := quantised-model-bert-base
 
@@ -26,24 +26,24 @@ test: .venv/installed-tests ## lint and tests
 	$(RUN) -m pytest
 
 bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
-	$(RUN) benchmark.py
+	$(RUN) -m benchmark
 
 bench-peers: lab .venv/installed-peers ## the same beside what one would otherwise use
-	$(RUN) benchmark.py --peers --tag peers
+	$(RUN) -m benchmark --peers --tag peers
 
 bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-base, with random weights
-	$(RUN) -m lab04.bert_base models/bert-base
+	$(RUN) -m benchmark.bert_base models/bert-base
 	$(RUN) lab04-torch.py --model models/bert-base --output $(BERT_BASE)-torch
 	$(RUN) lab04-optimum.py --model models/bert-base --output $(BERT_BASE)-optimum
 	$(RUN) lab04-nvidia.py --model models/bert-base --output $(BERT_BASE)-tensorrt || [ $$? -eq 3 ]
-	$(RUN) benchmark.py --model models/bert-base --random-weights --tag bert-base \
+	$(RUN) -m benchmark --model models/bert-base --random-weights --tag bert-base \
 		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
 
 bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
-	$(RUN) -m lab04.ablation
+	$(RUN) -m benchmark.steps
 
 readme: .venv/installed ## write the README's figures from results/
-	$(RUN) benchmark.py --readme
+	$(RUN) -m benchmark --readme
 
 clean: ## remove what `make lab` wrote, but for the environment
 	rm -rf quantised-model-*/ confidence_*.png models/

@@ -25,6 +25,7 @@ from lab04 import (
     tensorrt_check,
     tensorrt_engine,
 )
+from lab04.backend import Unavailable
 
 GRAPH_FILE = "model_fp16.onnx"
 ENGINE_FILE = "model_fp16.engine"
@@ -34,7 +35,7 @@ CHECK_BATCHES = (1, 32)  # padded batches too: a mask at the wrong input shows t
 MAX_LOGIT_CHANGE = 0.02
 
 
-class NoEngine(backends.Unavailable):
+class NoEngine(Unavailable):
     """The FP16 graph was written, but this machine cannot build an engine."""
 
     exit_code = 3
@@ -103,7 +104,7 @@ def write_artefact(folder: Path, arguments: argparse.Namespace) -> tuple[classif
             cache=arguments.output.absolute().with_name("timing.cache"),
             workspace_mb=arguments.workspace_mb,
         )
-    except backends.Unavailable as reason:
+    except Unavailable as reason:
         absent = str(reason)
         print(f"   skipped: {absent}")
     model_file = ENGINE_FILE if engine else GRAPH_FILE

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from lab04 import ROOT, LabError, artefact, backends, charts, lab
+from lab04.backend import Backend, Unavailable
 from lab04.consistency import softmax, top
 
 ARTEFACTS = {
@@ -59,7 +60,7 @@ class Runner:
     """
 
     artefact: artefact.Artefact
-    backend: backends.Backend
+    backend: Backend
     reason: str = ""
     times_ms: array = field(default_factory=lambda: array("d"))
     labelled: int = 0
@@ -166,7 +167,7 @@ def open_runner(item: artefact.Artefact, threads: int) -> Runner:
     """The artefact's backend, or, where its device is missing, its graph on the CPU as a check of its labels."""
     try:
         return Runner(item, backends.open_backend(item, threads))
-    except backends.Unavailable as error:
+    except Unavailable as error:
         return Runner(item, backends.open_fp16_check(item, threads), reason=str(error))
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError
-from lab04.artefact import Artefact, Tokens, rebuild_command
+from lab04.artefact import Artefact, Tokens
+from lab04.backend import Backend, OutputCheck
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (README, "Threads").
@@ -21,7 +21,7 @@ DEFAULT_THREADS = 1
 
 
 def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
-    """The backend of an artefact, ready to run. Raises `Unavailable` if its library or device is not here."""
+    """The backend of an artefact, ready to run. Raises `backend.Unavailable` if its library or device is not here."""
     return BACKENDS[artefact.backend](artefact, threads)
 
 
@@ -33,30 +33,6 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
     backend = OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
     backend.name = "TensorRT FP16"
     return backend
-
-
-class Unavailable(LabError):
-    """A backend cannot run on this machine; the message is the reason, for its row in the table."""
-
-
-class Backend:
-    """What every runtime has: a name, a device, `logits`, and it can be closed, or used in a `with` block."""
-
-    name: str
-    device: str
-
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give back what the process would otherwise hold until its end."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
 
 class TorchBackend(Backend):
@@ -107,21 +83,6 @@ class OnnxRuntimeBackend(Backend):
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
         return self._check(self._session.run(None, {name: tokens[name] for name in self._names})[0])
-
-
-class OutputCheck:
-    """Refuses logits whose width is not the artefact's number of labels, or that are not finite."""
-
-    def __init__(self, artefact: Artefact):
-        self._artefact = artefact
-
-    def __call__(self, logits: np.ndarray) -> np.ndarray:
-        if logits.shape[-1] != len(self._artefact.labels) or not np.isfinite(logits).all():
-            raise LabError(
-                f"{self._artefact.folder} gives {logits.shape[-1]} scores for {len(self._artefact.labels)} labels, "
-                f"or scores that are no numbers: run {rebuild_command(self._artefact.folder)}"
-            )
-        return logits
 
 
 @contextlib.contextmanager

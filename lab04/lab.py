@@ -118,7 +118,8 @@ def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code."""
-    script = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    script = path.parent.name if path.name == "__main__.py" else path.name
     try:
         main()
     except LabError as error:

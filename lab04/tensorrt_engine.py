@@ -12,7 +12,7 @@ import numpy as np
 
 from lab04 import LabError
 from lab04.artefact import Artefact, Tokens
-from lab04.backends import Backend, OutputCheck, Unavailable
+from lab04.backend import Backend, OutputCheck, Unavailable
 
 INSTALL = "pip install -r requirements/gpu.txt"
 REBUILD = "run python lab04-nvidia.py"

@@ -194,6 +194,12 @@ def run_script(script: str, *arguments: object, **options) -> subprocess.Complet
     return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 300, **options})
 
 
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
+    """`python -m benchmark`, which is found from the project's folder alone."""
+    command = [sys.executable, "-m", "benchmark", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="session")
 def artefact_folder(model_folder, tmp_path_factory) -> Callable[..., Path]:
     """`artefact_folder(backend, family, labels)`: a lab's artefact of a random model, for reading only."""

@@ -1,4 +1,4 @@
-"""benchmark.py on small random models: file formats, the whole run, resuming, rows that cannot be measured."""
+"""The benchmark on small random models: file formats, the whole run, resuming, rows that cannot be measured."""
 
 import csv
 import json
@@ -9,23 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_benchmark
 
-import benchmark
-from lab04 import (
-    LabError,
-    ablation,
-    artefact,
-    backends,
-    environment,
-    headlines,
-    lab,
-    peers,
-    preparation,
-    readme,
-    results,
-    worker,
-)
+from benchmark import __main__ as benchmark
+from benchmark import environment, peers, results, run, steps, tables, worker
+from benchmark.process import Process
+from lab04 import LabError, artefact, backends, headlines, lab, preparation
+from lab04.backend import Unavailable
 
 with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
     TEXTS = [row["text"] for row in csv.DictReader(file)][:40]
@@ -94,11 +84,11 @@ def test_missing_data(tmp_path):
 
 @pytest.fixture(scope="session")
 def quick_run(model_folder, artefact_folder, data, tmp_path_factory):
-    """`benchmark.py --quick` as a user runs it, on the three artefacts of one model: its process and results folder."""
+    """`python -m benchmark --quick` on the three artefacts of one model: its process and results folder."""
     output = tmp_path_factory.mktemp("results")
     built = [artefact_folder(backend) for backend in ("torch", "onnx", "tensorrt")]
     arguments = ["--artefacts", *built, "--model", model_folder("bert", 9, 0), "--data", data, "--output", output]
-    process = run_script("benchmark.py", "--quick", *arguments)
+    process = run_benchmark("--quick", *arguments)
     assert process.returncode == 0, process.stderr
     [folder] = output.iterdir()
     return process, folder
@@ -168,12 +158,12 @@ def test_redraw_gives_the_same_results(quick_run, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     shutil.copy(quick_run[1] / results.JOURNAL, copy)
-    assert run_script("benchmark.py", "--redraw", copy).returncode == 0
+    assert run_benchmark("--redraw", copy).returncode == 0
     assert results.load(copy) == results.load(quick_run[1])
 
 
 def test_redraw_needs_a_journal(tmp_path):
-    process = run_script("benchmark.py", "--redraw", tmp_path)
+    process = run_benchmark("--redraw", tmp_path)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and "no journal.jsonl" in process.stderr
 
@@ -182,7 +172,7 @@ def test_redraw_needs_a_journal(tmp_path):
 
 
 class InProcess:
-    """Stands in for benchmark.Process: the same commands, carried out here; `limit` more are answered."""
+    """Stands in for benchmark.process.Process: the same commands, carried out here; `limit` more are answered."""
 
     limit = float("inf")
     asked = 0
@@ -206,11 +196,11 @@ class InProcess:
 @pytest.fixture
 def run_here(monkeypatch, model_folder, artefact_folder, data, tmp_path):
     """`run_here(*arguments, limit=n)`: a tiny run in this process that Ctrl-C ends after n commands."""
-    small = benchmark.QUICK | {"rounds": 2, "headlines_per_round": 2, "batches": [1, 2], "throughput_headlines": 4}
-    monkeypatch.setattr(benchmark, "QUICK", small)
-    monkeypatch.setattr(benchmark, "Process", InProcess)
+    small = run.QUICK | {"rounds": 2, "headlines_per_round": 2, "batches": [1, 2], "throughput_headlines": 4}
+    monkeypatch.setattr(run, "QUICK", small)
+    monkeypatch.setattr(run, "Process", InProcess)
 
-    def run(*arguments, limit=float("inf")):
+    def run_limited(*arguments, limit=float("inf")):
         InProcess.limit, InProcess.asked = limit, 0
         fixed = [
             "--quick",
@@ -221,11 +211,11 @@ def run_here(monkeypatch, model_folder, artefact_folder, data, tmp_path):
             "--data",
             data,
         ]
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, [*fixed, "--output", tmp_path, *arguments])])
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, [*fixed, "--output", tmp_path, *arguments])])
         benchmark.main()
         return read_run(tmp_path)
 
-    return run
+    return run_limited
 
 
 def read_run(output):
@@ -268,18 +258,18 @@ def test_force_discards(run_here, tmp_path):
 def test_random_weights_show_no_quality(run_here):
     _, measured = run_here("--random-weights")
     assert not any("quality" in row or "consistency" in row for row in measured["backends"].values())
-    assert "macro-F1" not in readme.summary(measured)
+    assert "macro-F1" not in tables.summary(measured)
 
 
 def test_a_peer_that_cannot_run_is_a_row(run_here, monkeypatch):
     def fail(_reference, _output):
-        raise backends.Unavailable("needs a larger machine")
+        raise Unavailable("needs a larger machine")
 
     broken = peers.Peer("Broken", "INT8", (), fail, None)
     monkeypatch.setattr(peers, "PEERS", {"broken": broken})
     _, measured = run_here("--peers")
     assert measured["backends"]["broken"]["reason"] == "needs a larger machine"
-    assert "needs a larger machine" in readme.summary(measured)
+    assert "needs a larger machine" in tables.summary(measured)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------
@@ -296,16 +286,16 @@ def test_unknown_peer_is_refused(run_here):
 
 
 def test_worker_that_dies_is_unavailable(tmp_path):
-    with benchmark.Process(tmp_path / "log") as process:
-        with pytest.raises(backends.Unavailable, match="TypeError"):
+    with Process(tmp_path / "log") as process:
+        with pytest.raises(Unavailable, match="TypeError"):
             process.ask("open", runner="artefact")
         process._process.kill()
-        with pytest.raises(backends.Unavailable, match="its process ended with code -9"):
+        with pytest.raises(Unavailable, match="its process ended with code -9"):
             process.ask("memory")
 
 
 def test_worker_ends_with_its_stdin():
-    command = [sys.executable, "-m", "lab04.worker"]
+    command = [sys.executable, "-m", "benchmark.worker"]
     answer = subprocess.run(command, cwd=ROOT, input='{"do": "memory"}\n', capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0
     assert json.loads(answer.stdout)["memory_mb"] > 5
@@ -359,32 +349,32 @@ def test_cpu_is_named_by_generation(tmp_path):
 
 def test_readme_blocks_are_filled(quick_run):
     root, name = quick_run[1].parent, quick_run[1].name
-    of_a_run = readme.TABLES.keys() - {"ablation"}
-    tables = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
-    text = f"Before\n{tables}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
-    filled = readme.fill(text, root)
+    of_a_run = tables.TABLES.keys() - {"ablation"}
+    blocks = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
+    text = f"Before\n{blocks}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
+    filled = tables.fill(text, root)
     size = results.load(quick_run[1])["backends"]["torch-int8"]["model_mb"]
     assert f"-->{size:.1f}<!-- /results --> MB." in filled
     assert filled.count("\n| ") > 30
-    assert readme.fill(filled, root) == filled
+    assert tables.fill(filled, root) == filled
     with pytest.raises(LabError, match="asks for nonsense"):
-        readme.fill(f"<!-- results:{name}/nonsense --><!-- /results -->", root)
-    with pytest.raises(LabError, match="run python benchmark.py"):
-        readme.fill("<!-- results:elsewhere/summary --><!-- /results -->", root)
+        tables.fill(f"<!-- results:{name}/nonsense --><!-- /results -->", root)
+    with pytest.raises(LabError, match="run python -m benchmark"):
+        tables.fill("<!-- results:elsewhere/summary --><!-- /results -->", root)
 
 
 def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EVERY", 100)
     model = ["--model", str(model_folder("minilm", 9))]
-    monkeypatch.setattr(sys, "argv", ["ablation", *model, "--data", str(data), "--output", str(tmp_path)])
-    ablation.main()
+    monkeypatch.setattr(sys, "argv", ["steps", *model, "--data", str(data), "--output", str(tmp_path)])
+    steps.main()
     [folder] = tmp_path.iterdir()
-    steps = results.load(folder)["steps"]
-    assert len(steps) == 2 + len(ablation.STEPS)
-    assert steps[0]["speed"] == 1 and all(row["speed"] > 0 for row in steps)
-    assert steps[-1]["error"] < min(row["error"] for row in steps[:-1])
-    filled = readme.fill(f"<!-- results:{folder.name}/ablation --><!-- /results -->", tmp_path)
-    assert f"| {100 * steps[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
+    measured = results.load(folder)["steps"]
+    assert len(measured) == 2 + len(steps.STEPS)
+    assert measured[0]["speed"] == 1 and all(row["speed"] > 0 for row in measured)
+    assert measured[-1]["error"] < min(row["error"] for row in measured[:-1])
+    filled = tables.fill(f"<!-- results:{folder.name}/ablation --><!-- /results -->", tmp_path)
+    assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
 def test_readme_says_what_was_measured():
@@ -392,4 +382,4 @@ def test_readme_says_what_was_measured():
     if not path.exists():
         pytest.skip("no README.md yet")
     text = path.read_text(encoding="utf-8")
-    assert readme.fill(text, ROOT / "results") == text, "run python benchmark.py --readme"
+    assert tables.fill(text, ROOT / "results") == text, "run python -m benchmark --readme"

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import rel_entr
 from sklearn.metrics import accuracy_score, f1_score
 
-from lab04 import measures
+from benchmark import measures
 from lab04.consistency import softmax
 
 LABELS = ["a", "b", "c", "d"]

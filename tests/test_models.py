@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import HEADLINES, POSITIONS, run_in_process, run_script, training_texts
+from conftest import HEADLINES, POSITIONS, run_benchmark, run_in_process, run_script, training_texts
 
 from lab04 import artefact, backends, classifier, consistency, lab, preparation
 
@@ -191,7 +191,7 @@ def test_benchmark_takes_a_model_of_another_class_count(artefact_folder, model_f
     data.write_text("text,label\n" + "".join(f"{text},topic {i % 2}\n" for i, text in enumerate(HEADLINES * 8)))
     folders = [artefact_folder(backend, "distilbert", 2) for backend in INT8]
     arguments = "--quick", "--model", model_folder("distilbert", 2), "--artefacts", *folders, "--data", data
-    result = run_script("benchmark.py", *arguments, "--output", tmp_path / "results")
+    result = run_benchmark(*arguments, "--output", tmp_path / "results")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "results").rglob("results.json"))
 

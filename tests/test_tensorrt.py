@@ -14,6 +14,7 @@ import stand_in_device
 from conftest import ROOT, run_in_process
 
 from lab04 import LabError, artefact, backends, classifier, consistency, lab, tensorrt_build, tensorrt_engine
+from lab04.backend import Unavailable
 
 SCRIPT = "lab04-nvidia.py"
 SOURCES = list((ROOT / "lab04").glob("tensorrt_*.py"))
@@ -499,7 +500,7 @@ def test_real_pycuda_without_a_driver_is_one_line():
     pytest.importorskip("pycuda", reason="PyCUDA is not installed: it is built from source, with a CUDA toolkit")
     try:
         tensorrt_engine.import_pycuda()
-    except backends.Unavailable as error:
+    except Unavailable as error:
         assert "driver" in str(error)
         assert "\n" not in str(error)
     else:
@@ -539,7 +540,7 @@ def test_a_missing_library_is_one_line(engine_folder, device, monkeypatch, modul
 
 
 def refuses_to_open(folder: Path, message: str) -> None:
-    with pytest.raises(backends.Unavailable) as raised:
+    with pytest.raises(Unavailable) as raised:
         backends.open_backend(artefact.load(folder))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -621,7 +622,7 @@ def test_a_failed_build_is_one_line(graph_artefact, monkeypatch, tmp_path, capsy
 
 def test_a_driver_too_old_to_build_is_a_skip(graph_artefact, monkeypatch, tmp_path):
     stand_in_device.install(monkeypatch, driver_too_old=True)
-    with pytest.raises(backends.Unavailable, match="update the driver"):
+    with pytest.raises(Unavailable, match="update the driver"):
         build_here(graph_artefact, tmp_path)
 
 

@@ -3,13 +3,14 @@
     <!-- results:FOLDER/TABLE --> … <!-- /results -->             one of TABLES, from results/FOLDER/results.json
     <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
 
-`python benchmark.py --readme` fills them in; a test fails when README.md says anything else.
+`python -m benchmark --readme` fills them in; a test fails when README.md says anything else.
 """
 
 import re
 from pathlib import Path
 
-from lab04 import LabError, environment, results
+from benchmark import environment, results
+from lab04 import LabError
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 NOT_MEASURED = "–"
@@ -187,7 +188,7 @@ def cold_start(measured: dict) -> str:
 
 
 def ablation(measured: dict) -> str:
-    """What each step of the INT8 preparation is worth (lab04/ablation.py)."""
+    """What each step of the INT8 preparation is worth (benchmark/steps.py)."""
     rows = [
         [row["step"], f"{100 * row['error']:.1f}", str(row["changed"]), f"{row['speed']:.2f}×"]
         for row in measured["steps"]

@@ -1,4 +1,4 @@
-"""A BERT-base of the original lab's shape with random weights: `python -m lab04.bert_base FOLDER`.
+"""A BERT-base of the original lab's shape with random weights: `python -m benchmark.bert_base FOLDER`.
 
 Speed and size depend on the shape, not on the values, so they can be measured where no model hub is reached;
 accuracy cannot, and none is shown. The tokeniser is the packaged MiniLM's, which is bert-base-uncased's.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import environment, results
+from benchmark import environment, results
 from lab04.charts import COLOURS, pyplot, save
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"

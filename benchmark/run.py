@@ -1,27 +1,20 @@
-"""The numbers: quality, agreement with FP32, latency, throughput, cold start, memory and size of every backend.
+"""One run of the benchmark, stage by stage, into a journal.
 
-    python benchmark.py                          # about 10 minutes on two cores; --quick: under a minute
-    python benchmark.py --data my.csv            # text,label CSV, AG News CSV or JSON lines
-    python benchmark.py --peers                  # also what else one could pick: pip install -r requirements/peers.txt
-    python benchmark.py --readme                 # put the committed results into README.md's tables
-
-Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
-results.json, CSV files and charts. Every backend runs in a process of its own, all of them in random order within
-each round, and is compared with FP32 PyTorch in the same round. An interrupted run goes on with --resume.
+Every backend runs in a process of its own, all of them in random order within each round, and is compared with FP32
+PyTorch in the same round, so that drift and neighbours cancel.
 """
 
 import argparse
-import json
 import os
 import random
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
-from lab04 import ROOT, LabError, artefact, backends, classifier, environment, headlines, lab, readme, results
+from benchmark import environment, results
+from benchmark.process import Process
+from lab04 import ROOT, LabError, artefact, headlines
+from lab04.backend import Unavailable
 
 ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "tensorrt")]
 
@@ -52,113 +45,6 @@ QUICK = FULL | {
     "peer_cold_starts": 1,
     "quality_headlines": 120,
 }
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.readme:
-        readme.update(ROOT / "README.md", arguments.output)
-        return
-    if arguments.redraw:
-        if not (arguments.redraw / results.JOURNAL).exists():
-            raise LabError(f"{arguments.redraw} has no {results.JOURNAL}: only the machine that measured can redraw")
-        report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        run = Run(arguments, Path(scratch))
-        try:
-            run.measure()
-        except KeyboardInterrupt:
-            stopped = LabError(f"interrupted; what was measured is in {run.folder}: go on with --resume")
-            stopped.exit_code = lab.INTERRUPTED
-            raise stopped from None
-        finally:
-            if run.journal.find("backend"):
-                report(run.folder, run.journal)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
-    parser.add_argument(
-        "--model", default=classifier.DEFAULT_MODEL, help="their FP32 weights (default: lora-news/adapter)"
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=lab.TEST_HEADLINES,
-        help="labelled headlines (default: lora-news/headlines/test.csv)",
-    )
-    parser.add_argument(
-        "--threads", type=lab.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a rough look in under a minute")
-    parser.add_argument(
-        "--peers", nargs="*", metavar="NAME", help="measure other quantisers too (default: all of them)"
-    )
-    parser.add_argument("--random-weights", action="store_true", help="the weights mean nothing: measure speed only")
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
-    parser.add_argument("--tag", default="", help="added to the name of the hardware's folder, as in bert-base")
-    parser.add_argument("--seed", type=int, default=0, help="order of backends and choice of headlines (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--force", action="store_true", help="discard an interrupted run")
-    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
-    parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
-    arguments = parser.parse_args()
-    if not arguments.threads:
-        arguments.threads = [1] if arguments.quick else sorted({1, environment.usable_cores()})
-    return arguments
-
-
-class Process:
-    """A worker process that runs one backend (lab04/worker.py); closing it ends it."""
-
-    def __init__(self, log: Path, threads: int = 1):
-        self._log = log
-        with log.open("w") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lab04.worker"],
-                cwd=ROOT,
-                # CI: OpenVINO and NNCF then send no usage statistics, nor spend time on it.
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "CI": "true"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                encoding="utf-8",
-            )
-
-    def ask(self, do: str, **fields) -> dict:
-        """Have a command carried out. Raises Unavailable if the backend cannot, LabError if the user must act."""
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            lines = self._log.read_text(errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "no message")
-            raise backends.Unavailable(f"its process ended with code {self._process.wait()}: {last.strip()[:150]}")
-        answer = json.loads(answer)
-        if "error" in answer:
-            raise LabError(answer["error"])
-        if "unavailable" in answer:
-            raise backends.Unavailable(answer["unavailable"])
-        return answer
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with suppress(BrokenPipeError):  # it died, and has not read all it was told
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
 
 
 class Run:
@@ -202,7 +88,7 @@ class Run:
 
     def list_rows(self, built: list[artefact.Artefact], missing: dict, arguments: argparse.Namespace) -> dict:
         """Every row of the tables by its id: how to open it, and what results.json says of it."""
-        from lab04 import peers
+        from benchmark import peers
 
         rows = {}
         for name, peer in peers.REFERENCES.items():
@@ -246,12 +132,12 @@ class Run:
 
     def build(self) -> None:
         """Build the peers and enter every row; one that cannot be built is a row with its reason."""
-        from lab04 import peers
+        from benchmark import peers
 
         for name, spec in self.rows.items():
             try:
                 if spec["reason"]:
-                    raise backends.Unavailable(spec["reason"])
+                    raise Unavailable(spec["reason"])
                 if spec["group"] == "peer" and not self.failed(name):
                     print(f"   {spec['name']}")
                     with self.process(name) as worker:
@@ -383,7 +269,7 @@ class Run:
 
     def fail(self, name: str, error: LabError) -> None:
         """Note why a row is not measured any further; a reference that cannot run, or a fault to mend, ends the run."""
-        if not isinstance(error, backends.Unavailable) or self.rows[name]["group"] == "reference":
+        if not isinstance(error, Unavailable) or self.rows[name]["group"] == "reference":
             raise error
         if not self.failed(name):
             self.journal.append("failed", id=name, reason=str(error))
@@ -453,19 +339,3 @@ def progress(items, label: str):
     from tqdm import tqdm
 
     return tqdm(items, desc=label, disable=None, leave=False)
-
-
-def report(folder: Path, journal: results.Journal) -> None:
-    """Write and print everything that follows from a journal."""
-    from lab04 import benchmark_charts
-
-    measured = results.write(folder, journal)
-    written = benchmark_charts.save_all(folder, measured)
-    print(f"\n{environment.one_line(measured['environment'])}\n")
-    print(readme.summary(measured))
-    print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
-    print(f"Next: python benchmark.py {'--readme' if measured['finished'] else '--resume'}")
-
-
-if __name__ == "__main__":
-    lab.run(main)

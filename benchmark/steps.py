@@ -1,4 +1,4 @@
-"""What each step of the INT8 preparation is worth: `python -m lab04.ablation`.
+"""What each step of the INT8 preparation is worth: `python -m benchmark.steps`.
 
 Quantises with PyTorch several times, each time with one step more, and runs every headline through all of them in
 random order, in one process with one thread. Writes results/HARDWARE-ablation/results.json; README shows it.
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, artefact, classifier, environment, headlines, lab, preparation, results
+from benchmark import environment, results
+from lab04 import ROOT, artefact, classifier, headlines, lab, preparation
 
 STEPS = {
     "last layer for the one token that is read": lambda network, _: preparation.trim_last_layer(network),

@@ -1,4 +1,4 @@
-"""One backend in one process of its own: `python -m lab04.worker`, spoken to by benchmark.py.
+"""One backend in one process of its own: `python -m benchmark.worker`, spoken to by benchmark/process.py.
 
 Commands come as one JSON object a line on stdin, each is answered by one on stdout; the process ends with its stdin.
 A process of its own makes peak memory and cold starts mean something, and keeps one runtime's threads and
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lab04 import LabError, artefact, backends
+from lab04.backend import Unavailable
 
 
 class Worker:
@@ -23,14 +24,14 @@ class Worker:
 
     def export(self, model: str, reference: str) -> dict:
         """Write the FP32 reference folder of a model."""
-        from lab04 import peers
+        from benchmark import peers
 
         peers.export_reference(model, Path(reference))
         return {}
 
     def build(self, peer: str, reference: str, folder: str) -> dict:
         """Build a peer's files from the FP32 folder."""
-        from lab04 import peers
+        from benchmark import peers
 
         peers.build(peer, Path(reference), Path(folder))
         return {}
@@ -47,7 +48,7 @@ class Worker:
         elif runner == "graph":
             libraries, make = RUNTIMES["onnxruntime"], lambda: backends.open_fp16_check(built, threads)
         else:
-            from lab04 import peers
+            from benchmark import peers
 
             peer = {**peers.REFERENCES, **peers.PEERS}[runner]
             libraries, make = peer.libraries, lambda: peer.open(Path(folder), built, threads)
@@ -132,7 +133,7 @@ def serve() -> None:
         command = json.loads(line)
         try:
             answer = getattr(worker, command.pop("do"))(**command)
-        except backends.Unavailable as error:
+        except Unavailable as error:
             answer = {"unavailable": str(error)}
         except LabError as error:
             answer = {"error": str(error)}

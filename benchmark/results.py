@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact, measures
+from benchmark import measures
+from lab04 import LabError, artefact
 
 FORMAT = 1
 JOURNAL, RESULTS = "journal.jsonl", "results.json"
@@ -140,7 +141,7 @@ def load(folder: Path) -> dict:
         if results["format"] != FORMAT:
             raise ValueError(f"format {results['format']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(f"no readable {folder / RESULTS} ({error}): run python benchmark.py") from error
+        raise LabError(f"no readable {folder / RESULTS} ({error}): run python -m benchmark") from error
     return results
 
 

@@ -1,0 +1,1 @@
+"""The careful numbers of the lab: `python -m benchmark`. Nothing in `lab04/` or in the four scripts imports it."""

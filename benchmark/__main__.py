@@ -1,0 +1,88 @@
+"""The numbers: quality, agreement with FP32, latency, throughput, cold start, memory and size of every backend.
+
+    python -m benchmark                          # about 10 minutes on two cores; --quick: under a minute
+    python -m benchmark --data my.csv            # text,label CSV, AG News CSV or JSON lines
+    python -m benchmark --peers                  # also what else one could pick: pip install -r requirements/peers.txt
+    python -m benchmark --readme                 # put the committed results into README.md's tables
+
+Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
+results.json, CSV files and charts. An interrupted run goes on with --resume.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmark import charts, environment, results, tables
+from benchmark.run import Run
+from lab04 import ROOT, LabError, classifier, lab
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.readme:
+        tables.update(ROOT / "README.md", arguments.output)
+        return
+    if arguments.redraw:
+        if not (arguments.redraw / results.JOURNAL).exists():
+            raise LabError(f"{arguments.redraw} has no {results.JOURNAL}: only the machine that measured can redraw")
+        report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(arguments, Path(scratch))
+        try:
+            run.measure()
+        except KeyboardInterrupt:
+            stopped = LabError(f"interrupted; what was measured is in {run.folder}: go on with --resume")
+            stopped.exit_code = lab.INTERRUPTED
+            raise stopped from None
+        finally:
+            if run.journal.find("backend"):
+                report(run.folder, run.journal)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
+    parser.add_argument(
+        "--model", default=classifier.DEFAULT_MODEL, help="their FP32 weights (default: lora-news/adapter)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=lab.TEST_HEADLINES,
+        help="labelled headlines (default: lora-news/headlines/test.csv)",
+    )
+    parser.add_argument(
+        "--threads", type=lab.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a rough look in under a minute")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help="measure other quantisers too (default: all of them)"
+    )
+    parser.add_argument("--random-weights", action="store_true", help="the weights mean nothing: measure speed only")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
+    parser.add_argument("--tag", default="", help="added to the name of the hardware's folder, as in bert-base")
+    parser.add_argument("--seed", type=int, default=0, help="order of backends and choice of headlines (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--force", action="store_true", help="discard an interrupted run")
+    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
+    arguments = parser.parse_args()
+    if not arguments.threads:
+        arguments.threads = [1] if arguments.quick else sorted({1, environment.usable_cores()})
+    return arguments
+
+
+def report(folder: Path, journal: results.Journal) -> None:
+    """Write and print everything that follows from a journal."""
+    measured = results.write(folder, journal)
+    written = charts.save_all(folder, measured)
+    print(f"\n{environment.one_line(measured['environment'])}\n")
+    print(tables.summary(measured))
+    print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
+    print(f"Next: python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
+
+
+if __name__ == "__main__":
+    lab.run(main)
