@@ -51,7 +51,7 @@ clean: ## remove what `make lab` wrote, but for the environment
 quantised-model-torch/manifest.json: lab04-torch.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-torch.py
 
-quantised-model-optimum/manifest.json: lab04-optimum.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-optimum/manifest.json: lab04-optimum.py lab04/onnx_graph.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-optimum.py
 
 # Exit code 3 says that there is no TensorRT engine on this machine: a row with its reason, not a failure.

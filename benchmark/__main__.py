@@ -3,6 +3,7 @@
     python -m benchmark                          # about 10 minutes on two cores; --quick: under a minute
     python -m benchmark --data my.csv            # text,label CSV, AG News CSV or JSON lines
     python -m benchmark --peers                  # also what else one could pick: pip install -r requirements/peers.txt
+    python -m benchmark --profile                # microseconds of every kind of operator, a chart
     python -m benchmark --readme                 # put the committed results into README.md's tables
 
 Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
@@ -13,15 +14,20 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmark import charts, environment, results, tables
-from benchmark.run import Run
+from benchmark import charts, environment, profile, results, tables
+from benchmark.run import ARTEFACTS, Run
 from lab04 import ROOT, LabError, classifier, lab
+
+CPU_ARTEFACTS = ARTEFACTS[:2]
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.readme:
         tables.update(ROOT / "README.md", arguments.output)
+        return
+    if arguments.profile:
+        profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
         return
     if arguments.redraw:
         if not (arguments.redraw / results.JOURNAL).exists():
@@ -67,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="discard an interrupted run")
     parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
+    parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
     parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
     arguments = parser.parse_args()
     if not arguments.threads:

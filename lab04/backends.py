@@ -18,6 +18,9 @@ from lab04.backend import Backend, OutputCheck
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (README, "Threads").
 DEFAULT_THREADS = 1
+# Headlines of one call. Between the layers, 64 of 16 tokens are 6 MB in FP32, more than a core's own cache holds:
+# larger parts were slower on every CPU tried (docs/int8.md).
+PART = 8
 
 
 def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
@@ -54,9 +57,11 @@ class TorchBackend(Backend):
 
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        return self._check(in_parts(self._run, tokens))
+
+    def _run(self, tokens: Tokens) -> np.ndarray:
         with self._torch.inference_mode():
-            output = self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names))
-        return self._check(output.numpy())
+            return self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names)).numpy()
 
 
 class OnnxRuntimeBackend(Backend):
@@ -68,21 +73,48 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # A spinning pool takes the core of whoever runs next (onnxruntime#13808).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
-            str(graph or artefact.model_file), options, providers=["CPUExecutionProvider"]
+            str(graph or artefact.model_file), session_options(threads), providers=["CPUExecutionProvider"]
         )
         self._names = [item.name for item in self._session.get_inputs()]
         self._check = OutputCheck(artefact)
 
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        return self._check(self._session.run(None, {name: tokens[name] for name in self._names})[0])
+        return self._check(in_parts(self._run, tokens))
+
+    def _run(self, tokens: Tokens) -> np.ndarray:
+        return self._session.run(None, {name: tokens[name] for name in self._names})[0]
+
+
+def session_options(threads: int):
+    """How the lab opens an ONNX graph on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # A spinning pool takes the core of whoever runs next (onnxruntime#13808).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
+
+
+def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
+    """Logits of a batch of any size, PART headlines at a time, those of like length together and padded no further.
+
+    Padding past the longest of a part goes, on the right alone: on the left it moves a headline's positions.
+    """
+    if len(tokens["input_ids"]) <= PART:
+        return run(tokens)
+    lengths = tokens["attention_mask"].shape[1] - tokens["attention_mask"][:, ::-1].argmax(axis=1)
+    order = np.argsort(lengths, kind="stable")
+    parts = []
+    for start in range(0, len(order), PART):
+        rows = order[start : start + PART]
+        longest = lengths[rows].max()
+        parts.append(run({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()}))
+    return np.concatenate(parts)[np.argsort(order)]
 
 
 @contextlib.contextmanager
