@@ -19,6 +19,7 @@ from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, i
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+KNOWN_HEADLINES = 5  # run each time an artefact is opened: milliseconds
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
@@ -101,12 +102,27 @@ def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) 
     texts = test_texts()
     built = artefact.load(folder)
     tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
-    result = consistency.check(fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts]))
+    reference, logits = fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts])
+    result = consistency.check(reference, logits)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
     )
-    return result
+    return {**result, "known_headlines": known_headlines(texts, reference, logits)}
+
+
+def known_headlines(texts: list[str], reference: np.ndarray, logits: np.ndarray) -> list[dict]:
+    """The clearest headlines of up to five labels with their FP32 logits, for a check wherever the artefact is opened.
+
+    reference, logits: float32 [texts, labels], FP32 and quantised; only headlines on which both agree are chosen.
+    """
+    probabilities = np.sort(consistency.softmax(reference), axis=1)
+    clearest = np.argsort(probabilities[:, -2] - probabilities[:, -1], kind="stable")
+    chosen: dict[int, int] = {}  # label to headline
+    for index in clearest.tolist():
+        if logits[index].argmax() == reference[index].argmax() and len(chosen) < KNOWN_HEADLINES:
+            chosen.setdefault(int(reference[index].argmax()), index)
+    return [{"text": texts[i], "fp32_logits": reference[i].astype(float).round(4).tolist()} for i in chosen.values()]
 
 
 def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None:
