@@ -7,9 +7,10 @@ loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled
 """
 
 import copy
+import platform
 import warnings
 
-from lab04 import LabError, artefact, classifier, lab, preparation
+from lab04 import artefact, backends, classifier, lab, preparation
 
 MODEL_FILE = "model_int8.pt"
 
@@ -39,17 +40,12 @@ def main() -> None:
 
 
 def choose_engine() -> str:
-    """Select the kernel library: `x86` on x86 machines, else the first this PyTorch supports.
-
-    Raises LabError if this PyTorch was built without quantised kernels.
-    """
+    """Select the kernel library as opening the artefact does. Raises LabError if this PyTorch has none."""
     import torch
 
-    engines = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    if not engines:
-        raise LabError("this PyTorch has no quantised kernels: pip install -r requirements.txt")
-    torch.backends.quantized.engine = "x86" if "x86" in engines else engines[0]
-    return torch.backends.quantized.engine
+    engine = backends.quantised_engine(torch.backends.quantized.supported_engines, platform.machine())
+    torch.backends.quantized.engine = engine
+    return engine
 
 
 def quantise(network):

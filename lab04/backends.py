@@ -6,13 +6,15 @@ CPU threads; each imports its library only when it is opened.
 
 import contextlib
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from lab04.artefact import Artefact, Tokens
+from lab04 import LabError, consistency
+from lab04.artefact import Artefact, Tokeniser, Tokens, rebuild_command
 from lab04.backend import Backend, OutputCheck
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
@@ -21,11 +23,54 @@ DEFAULT_THREADS = 1
 # Headlines of one call. Between the layers, 64 of 16 tokens are 6 MB in FP32, more than a core's own cache holds:
 # larger parts were slower on every CPU tried (docs/int8.md).
 PART = 8
+X86 = ("x86_64", "amd64", "i386", "i686", "x86")
+MAX_KNOWN_CHANGE = 0.3  # of a probability; INT8 moves those of clear labels by hundredths, wrong kernels at will
 
 
 def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
-    """The backend of an artefact, ready to run. Raises `backend.Unavailable` if its library or device is not here."""
-    return BACKENDS[artefact.backend](artefact, threads)
+    """The backend of an artefact, ready to run.
+
+    Raises `backend.Unavailable` if its library or device is not here, LabError if it answers otherwise than FP32 did.
+    """
+    backend = BACKENDS[artefact.backend](artefact, threads)
+    try:
+        check_known_headlines(artefact, backend)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
+    """Run the headlines that the artefact knows the FP32 logits of: the lab's word on processors nobody tried.
+
+    Raises LabError if a label, all of them clear ones, or the probabilities differ from FP32's.
+    """
+    known = artefact.manifest.get("check", {}).get("known_headlines", [])  # none while the artefact is being built
+    tokenise = Tokeniser(artefact) if known else None
+    for item in known:
+        reference = np.array([item["fp32_logits"]])
+        result = consistency.compare(reference, backend.logits(tokenise([item["text"]])))
+        if result["agreement"] < 1 or result["max_probability_change"] > MAX_KNOWN_CHANGE:
+            raise LabError(
+                f"{artefact.folder} gives wrong answers on this processor ({platform.machine()}, its own check "
+                f"headlines differ from FP32): run {rebuild_command(artefact.folder)} here"
+            )
+
+
+def quantised_engine(supported: list[str], machine: str) -> str:
+    """PyTorch's kernel library for a processor, of those this PyTorch supports. Never `onednn`: wrong labels on ARM.
+
+    machine: as `platform.machine()` says. Raises LabError if there is none.
+    """
+    wanted = ("x86", "fbgemm") if machine.lower() in X86 else ("qnnpack",)
+    for name in wanted:
+        if name in supported:
+            return name
+    raise LabError(
+        f"this PyTorch has no quantised kernels for {machine} ({' or '.join(wanted)}): "
+        "use the ONNX artefact, lab04-optimum.py"
+    )
 
 
 def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
@@ -49,7 +94,9 @@ class TorchBackend(Backend):
 
         self._torch = torch
         torch.set_num_threads(threads)
-        torch.backends.quantized.engine = artefact.manifest["engine"]
+        # By where it is opened, not by where it was built: the packed weights are the same for every engine.
+        supported = torch.backends.quantized.supported_engines
+        torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
         with quiet_stderr():
             self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
         self._names = artefact.manifest["tokenizer"]["inputs"]

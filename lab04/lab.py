@@ -5,24 +5,27 @@ import contextlib
 import csv
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
+from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, interrupted
 
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+KNOWN_HEADLINES = 5  # run each time an artefact is opened: milliseconds
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
-def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """A parser with the arguments all labs have: --model, --output, --threads."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_line(description))
     parser.add_argument(
         "--model",
         default=classifier.DEFAULT_MODEL,
@@ -99,12 +102,27 @@ def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) 
     texts = test_texts()
     built = artefact.load(folder)
     tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
-    result = consistency.check(fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts]))
+    reference, logits = fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts])
+    result = consistency.check(reference, logits)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
     )
-    return result
+    return {**result, "known_headlines": known_headlines(texts, reference, logits)}
+
+
+def known_headlines(texts: list[str], reference: np.ndarray, logits: np.ndarray) -> list[dict]:
+    """The clearest headlines of up to five labels with their FP32 logits, for a check wherever the artefact is opened.
+
+    reference, logits: float32 [texts, labels], FP32 and quantised; only headlines on which both agree are chosen.
+    """
+    probabilities = np.sort(consistency.softmax(reference), axis=1)
+    clearest = np.argsort(probabilities[:, -2] - probabilities[:, -1], kind="stable")
+    chosen: dict[int, int] = {}  # label to headline
+    for index in clearest.tolist():
+        if logits[index].argmax() == reference[index].argmax() and len(chosen) < KNOWN_HEADLINES:
+            chosen.setdefault(int(reference[index].argmax()), index)
+    return [{"text": texts[i], "fp32_logits": reference[i].astype(float).round(4).tolist()} for i in chosen.values()]
 
 
 def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None:
@@ -116,21 +134,93 @@ def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None
     print(f"Next: {next_command}")
 
 
+def first_line(docstring: str | None) -> str | None:
+    """What a script's docstring says it is, if Python kept it: `python -OO` does not."""
+    return docstring and docstring.splitlines()[0]
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code."""
     path = Path(sys.argv[0])
     script = path.parent.name if path.name == "__main__.py" else path.name
+    open_console()
+    message, code = None, 0
     try:
-        main()
+        with remembering_interrupts():
+            main()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            sys.stdout.flush()  # what cannot be written must be noticed while it can still be told
     except LabError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        message, code = str(error), error.exit_code
     except ModuleNotFoundError as error:
-        print(f"{script}: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"{error.name} is not installed: pip install -r requirements.txt", 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted, nothing was changed", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        message, code = "interrupted, nothing was changed", INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush fails aloud
-        sys.exit(READER_GONE)
+        code = READER_GONE
+    except OSError as error:
+        if error.filename is not None:  # files are read and written with messages of their own
+            raise
+        message, code = f"cannot write to standard output: {error.strerror}", 2
+    finally:
+        close_console(script, message)
+    if code:
+        sys.exit(code)
+
+
+def open_console() -> None:
+    """Make stdout and stderr take anything: no character ends a run, and closed ones become the null device."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Python found it closed. Left so, the next file that is opened would get its number, and all C++ prints.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def close_console(script: str, message: str | None) -> None:
+    """Say the last line on stderr. A stream that takes no more gets the null device, or Python's own flush fails."""
+    with contextlib.suppress(OSError):
+        if message:
+            print(f"{script}: {message}", file=sys.stderr)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if not can_flush(stream):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, number)
+            os.close(nothing)
+
+
+def can_flush(stream) -> bool:
+    """Whether a stream takes what was printed to it."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def remembering_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt as ever, and also set `lab04.interrupted`, which no `except` can swallow."""
+
+    def interrupt(*_):
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    interrupted.clear()
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
