@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a scr
 from lab04 import ROOT, LabError, artefact, backends, lab
 from lab04.consistency import softmax
 
+JSON_LINES = (".jsonl", ".json")
 BATCH = 16  # headlines a call: larger ones gain nothing on a CPU
 
 
@@ -111,15 +112,19 @@ def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, 
 class Worker:
     """One process of the job: opens the artefact once, then adds columns to one Arrow table after another."""
 
-    def __init__(self, shipped, column: str, every_probability: bool):
+    def __init__(self, shipped, column: str, every_probability: bool, json_lines: bool):
         self.item, self.tokenise, self.backend = open_shipped(ray.get(shipped))
-        self.column, self.every_probability = column, every_probability
+        self.column, self.every_probability, self.json_lines = column, every_probability, json_lines
 
     def __call__(self, table):
-        if self.column not in table.column_names:
+        labels = self.item.labels
+        if self.json_lines:
+            table, errors = parse(table["text"].to_pylist(), self.column)
+        elif self.column in table.column_names:
+            errors = [error_of(text) for text in table[self.column].to_pylist()]
+        else:
             raise LabError(f"no column {self.column!r}: the input has {', '.join(table.column_names)}")
-        texts, labels = table[self.column].to_pylist(), self.item.labels
-        errors = [error_of(text) for text in texts]
+        texts = table[self.column].to_pylist()
         good = [index for index, error in enumerate(errors) if error is None]
         scores = np.full((len(texts), len(labels)), np.nan)
         if good:
@@ -158,7 +163,12 @@ def classified(item: artefact.Artefact, arguments: argparse.Namespace):
     shipped = ray.put(ship(item))
     return read(arguments.input, arguments.column).map_batches(
         Worker,
-        fn_constructor_args=(shipped, arguments.column, arguments.probabilities == "all"),
+        fn_constructor_args=(
+            shipped,
+            arguments.column,
+            arguments.probabilities == "all",
+            arguments.input.suffix.lower() in JSON_LINES,
+        ),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         batch_size=arguments.batch_size,
@@ -178,22 +188,26 @@ def read(path: Path, column: str):
             as_text = pa.csv.ConvertOptions(column_types={column: "string"})  # else a column of numbers becomes numbers
             quoted = pa.csv.ParseOptions(newlines_in_values=True)
             return ray.data.read_csv(where, convert_options=as_text, parse_options=quoted, **options)
-        case ".jsonl" | ".json":
-            lines = ray.data.read_text(where, **options)
-            return lines.map_batches(parse, fn_args=(column,), batch_format="pyarrow", num_cpus=0)
+        case suffix if suffix in JSON_LINES:
+            return ray.data.read_text(where, **options)  # the worker parses: one odd line must not end the job
     raise LabError(f"{path} is no .parquet, .csv, .jsonl or .json")
 
 
-def parse(lines, column: str):
-    """JSON lines as an Arrow table. What is no text stays readable as JSON; a column may hold one type only."""
-    rows = []
-    for line in lines["text"].to_pylist():
+def parse(lines: list[str], column: str):
+    """JSON lines as an Arrow table, and each line's error or None. What is no text becomes its JSON text."""
+    rows, errors = [], []
+    for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
-            row = None
-        rows.append(row if isinstance(row, dict) else {column: None})
-    return pa.Table.from_pylist(rows)
+            errors.append(error_of(row.setdefault(column, None)))
+        except (ValueError, AttributeError, RecursionError):
+            row = {column: line}
+            errors.append("no JSON object")
+        if not isinstance(row[column], str | None):
+            row[column] = json.dumps(row[column])
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), errors
 
 
 def reason_of(error: Exception) -> str:
