@@ -22,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     print("1. Load the merged FP32 classifier")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
 
     print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
     prepared = preparation.prepare(fp32)

@@ -18,7 +18,7 @@ def main() -> None:
     arguments = lab.argument_parser(__doc__, output="quantised-model-torch").parse_args()
 
     print("1. Load the merged FP32 classifier")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
 
     print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
     prepared = preparation.prepare(fp32)
@@ -110,7 +110,7 @@ def trace(quantised, fp32: classifier.Classifier):
         def forward(self, *inputs):
             return self.network(**dict(zip(fp32.input_names, inputs, strict=True))).logits
 
-    example = fp32.tokenizer(["A headline", "Another and longer headline"], padding=True, return_tensors="pt")
+    example = fp32.encode(["A headline", "Another and longer headline"])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer notices about shapes; the check below covers other shapes
         traced = torch.jit.trace(Logits().eval(), tuple(example[name] for name in fp32.input_names))

@@ -21,12 +21,17 @@ READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
 def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments all labs have: --model, --output, --threads."""
+    """A parser with the arguments all labs have: --model, --labels, --output, --threads."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
         "--model",
         default=classifier.DEFAULT_MODEL,
         help="PEFT adapter folder, model folder or hub id (default: lora-news/adapter)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="a,b,c|FILE",
+        help="names of the model's classes in logit order, or a file with one a line (default: as the model says)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
     parser.add_argument(
@@ -53,8 +58,7 @@ def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
     rows = []
     with torch.inference_mode():
         for text in texts:
-            tokens = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32), return_tensors="pt")
-            rows.append(fp32.model(**tokens).logits[0].numpy())
+            rows.append(fp32.model(**fp32.encode([text])).logits[0].numpy())
     return np.stack(rows)
 
 

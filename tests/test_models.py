@@ -7,11 +7,10 @@ rounded to 7 bits and their inputs to 8 is a second, independent reading of what
 import copy
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
-from conftest import HEADLINES, POSITIONS, run_benchmark, run_in_process, run_script, training_texts
+from conftest import HEADLINES, POSITIONS, copy_model, run_benchmark, run_in_process, run_script, training_texts
 
 from lab04 import artefact, backends, classifier, consistency, lab, preparation
 
@@ -212,20 +211,15 @@ def refused(capsys, tmp_path):
     return run
 
 
-def copy_model(source, target, **config):
-    shutil.copytree(source, target)
-    path = target / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    return target
-
-
 @pytest.mark.parametrize(
     "config, reason",
     [
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "unnamed labels"),
         ({"problem_type": "multi_label_classification"}, "multi-label"),
+        ({"problem_type": "regression"}, "regression"),
         ({"id2label": {"0": "only"}}, "at least 2"),
-        ({"model_type": "gpt2"}, "type 'gpt2'"),
+        ({"model_type": "gpt2"}, "missing"),  # none of its weights are there
+        ({"model_type": "vit"}, "no sequence classifier"),
         ({"model_type": "no such type"}, "cannot load"),
         ({"id2label": {str(i): f"topic {i}" for i in range(3)}}, "cannot load"),  # the head has two rows
     ],
