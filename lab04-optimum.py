@@ -16,15 +16,16 @@ FP32_FILE = "model.onnx"
 
 
 def main() -> None:
-    parser = lab.argument_parser(__doc__, output="quantised-model-optimum")
+    parser = lab.int8_argument_parser(__doc__, output="quantised-model-optimum")
     parser.add_argument("--keep-fp32", action="store_true", help=f"also keep {FP32_FILE}, the unquantised graph")
     arguments = parser.parse_args()
 
+    texts = lab.choose_texts(arguments.texts)
     print("1. Load the merged FP32 classifier")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
 
     print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
-    prepared = preparation.prepare(fp32)
+    prepared = preparation.prepare(fp32, texts.prepare)
 
     with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
         print("3. Export to ONNX with Optimum")
@@ -38,9 +39,9 @@ def main() -> None:
         if arguments.keep_fp32:
             lab.export_onnx(fp32.model, folder).rename(folder / FP32_FILE)
 
-        print("6. Check against FP32 on the test headlines")
-        artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE)
-        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads))
+        print("6. Check against FP32")
+        artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE, texts=texts.record)
+        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
     lab.report(fp32, arguments.output, "python lab04-nvidia.py")
 
 

@@ -5,7 +5,6 @@ become artefact folders and run on `backends.OnnxRuntimeBackend`, so they get th
 Everything is built from one FP32 folder, which `export_reference` writes.
 """
 
-import copy
 import csv
 import shutil
 from collections.abc import Callable
@@ -47,8 +46,7 @@ def export_reference(model: str, folder: Path) -> None:
     with artefact.building(folder) as new:
         shutil.move(lab.export_onnx(fp32.model, new / "export"), new / "model.onnx")
         shutil.rmtree(new / "export")
-        network = copy.deepcopy(fp32.model)
-        preparation.trim_last_layer(network)
+        network = preparation.trimmed(fp32.model, preparation.typical_inputs(fp32)[0])
         onnx_graph.fuse(lab.export_onnx(network, new / "export"), fp32.model.config, new / FUSED)
         shutil.rmtree(new / "export")
         fp32.model.save_pretrained(new)

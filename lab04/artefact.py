@@ -62,10 +62,12 @@ class Tokeniser:
 
         config = artefact.manifest["tokenizer"]
         self._tokenizer = Tokenizer.from_file(str(artefact.folder / "tokenizer.json"))
-        self._tokenizer.enable_truncation(config["max_length"])
+        self._tokenizer.enable_truncation(config["max_length"], direction=config["truncation_side"])
         self._tokenizer.no_padding()
         self._pad_id = config["pad_id"]
+        self._pad_left = config["padding_side"] == "left"
         self._names = config["inputs"]
+        self._typed = config["typed"]  # where the model takes types and the tokeniser gives none, they are zeros
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""
@@ -74,8 +76,12 @@ class Tokeniser:
         tokens = {name: np.zeros((len(texts), longest), dtype=np.int64) for name in self._names}
         tokens["input_ids"][:] = self._pad_id
         for row, encoding in enumerate(encodings):
-            tokens["input_ids"][row, : len(encoding.ids)] = encoding.ids
-            tokens["attention_mask"][row, : len(encoding.ids)] = 1
+            length = len(encoding.ids)
+            place = slice(longest - length, None) if self._pad_left else slice(length)
+            tokens["input_ids"][row, place] = encoding.ids
+            tokens["attention_mask"][row, place] = 1
+            if self._typed:
+                tokens["token_type_ids"][row, place] = encoding.type_ids
         return tokens
 
     def dropped(self, text: str) -> int:
@@ -297,21 +303,28 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def tokenizer_settings(classifier) -> dict:
-    """What running needs beyond tokenizer.json: input names, padding id, maximum length in tokens."""
+    """What running needs beyond tokenizer.json: inputs, padding, truncation, and whether it gives token types."""
+    inputs = classifier.input_names
     return {
-        "inputs": classifier.input_names,
-        "pad_id": classifier.tokenizer.pad_token_id,
+        "inputs": inputs,
+        "typed": "token_type_ids" in inputs and "token_type_ids" in classifier.tokenizer.model_input_names,
+        "pad_id": classifier.pad_id,
+        "padding_side": classifier.tokenizer.padding_side,
         "max_length": max_length(classifier),
+        "truncation_side": classifier.tokenizer.truncation_side,
     }
 
 
 def max_length(classifier) -> int:
-    """The longest sequence, in tokens, that the lab gives a classifier."""
-    config = classifier.model.config
-    positions = config.max_position_embeddings
-    if config.model_type == "roberta":
-        positions -= config.pad_token_id + 1  # RoBERTa counts positions from the padding id on
-    return min(MAX_TOKENS, positions)
+    """The longest sequence, in tokens, that the lab gives a classifier: its own limit, the tokeniser's or the lab's."""
+    limits = [MAX_TOKENS, classifier.tokenizer.model_max_length]
+    if positions := getattr(classifier.model.config, "max_position_embeddings", None):
+        limits.append(positions)
+    for name, module in classifier.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            # RoBERTa and its kin count positions from the padding id on.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits)
 
 
 def library_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +20,25 @@ from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, i
 
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
+MIN_TEXTS, MAX_TEXTS = 32, 2000  # of a user's; half prepare and half check, and more of them gain nothing
+MAX_UNKNOWN = 0.5  # share of unknown tokens above which a check on such texts says little
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 KNOWN_HEADLINES = 5  # run each time an artefact is opened: milliseconds
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
 def argument_parser(description: str | None, output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments all labs have: --model, --output, --threads."""
+    """A parser with the arguments all labs have: --model, --labels, --output, --threads."""
     parser = argparse.ArgumentParser(description=first_line(description))
     parser.add_argument(
         "--model",
         default=classifier.DEFAULT_MODEL,
         help="PEFT adapter folder, model folder or hub id (default: lora-news/adapter)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="a,b,c|FILE",
+        help="names of the model's classes in logit order, or a file with one a line (default: as the model says)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
     parser.add_argument(
@@ -37,6 +46,19 @@ def argument_parser(description: str | None, output: str) -> argparse.ArgumentPa
         type=positive,
         default=backends.DEFAULT_THREADS,
         help="CPU threads of the check (default: %(default)s)",
+    )
+    return parser
+
+
+def int8_argument_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The parser of the two labs that look at texts while they quantise: with --texts."""
+    parser = argument_parser(description, output)
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="unlabelled texts like those the model will be given, one a line: half prepare the weights, the others "
+        "check the result (default: our English headlines)",
     )
     return parser
 
@@ -56,8 +78,7 @@ def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
     rows = []
     with torch.inference_mode():
         for text in texts:
-            tokens = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32), return_tensors="pt")
-            rows.append(fp32.model(**tokens).logits[0].numpy())
+            rows.append(fp32.model(**fp32.encode([text])).logits[0].numpy())
     return np.stack(rows)
 
 
@@ -94,21 +115,79 @@ def test_texts() -> list[str]:
     return [row["text"] for row in read_rows(TEST_HEADLINES)]
 
 
-def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a user's for preparing and for checking, and what the manifest says of them; None: our headlines."""
+
+    prepare: list[str] | None
+    check: list[str]
+    record: dict
+
+
+def choose_texts(file: Path | None) -> Texts:
+    """Our headlines, or a user's texts, every other one for the check. Raises LabError if there are too few."""
+    if file is None:
+        return Texts(None, test_texts(), {"file": "the lab's own headlines"})
+    texts = read_texts(file)
+    if len(texts) < MIN_TEXTS:
+        raise LabError(
+            f"{file} has {len(texts)} different texts: at least {MIN_TEXTS} are needed, better some hundreds"
+        )
+    texts = texts[:MAX_TEXTS]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    prepare, check = texts[::2], texts[1::2]
+    record = {"file": file.name, "sha256": digest, "prepared": len(prepare), "checked": len(check)}
+    return Texts(prepare, check, record)
+
+
+def read_texts(file: Path) -> list[str]:
+    """The different texts of a file, one a line, in its order. Raises LabError if it cannot be read as UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise LabError(f"cannot read {file}: {reason}") from error
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def unknown_share(fp32: classifier.Classifier, texts: list[str]) -> float:
+    """Share (0..1) of the tokens of some texts that the tokeniser does not know; special tokens do not count."""
+    unknown = fp32.tokenizer.unk_token_id
+    ids = [number for text in texts for number in fp32.tokenizer(text, add_special_tokens=False).input_ids]
+    return ids.count(unknown) / len(ids) if ids and unknown is not None else 0.0
+
+
+def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int, own: Texts | None = None) -> dict:
     """Run the sealed artefact in `folder` as `predict.py` will, and compare it with FP32 on our test headlines.
 
-    Returns the figures of `consistency.check`. Raises LabError if they are out of bounds.
+    On texts of the user's in place of ours if there are. Returns the figures of `consistency.check` and the share of
+    unknown tokens. Raises LabError if they are out of bounds.
     """
-    texts = test_texts()
+    texts = own.check if own else test_texts()
     built = artefact.load(folder)
     tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
-    reference, logits = fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts])
+
+    def run(texts):
+        return np.concatenate([backend.logits(tokenise([text])) for text in texts])
+
+    reference, logits = fp32_logits(fp32, texts), run(texts)
     result = consistency.check(reference, logits)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
     )
-    return {**result, "known_headlines": known_headlines(texts, reference, logits)}
+    unknown = unknown_share(fp32, texts)
+    if unknown > MAX_UNKNOWN:
+        print(
+            f"   {unknown:.0%} of the tokens of these texts are unknown to the tokeniser: they say little about this "
+            "model. Give texts like those it will read with --texts FILE",
+            file=sys.stderr,
+        )
+    if own and own.prepare:  # a user's texts may be private, and an artefact travels: the known ones are ours
+        texts = test_texts()
+        reference, logits = fp32_logits(fp32, texts), run(texts)
+    known = known_headlines(texts, reference, logits)
+    return {**result, "unknown_tokens": round(unknown, 4), "known_headlines": known}
 
 
 def known_headlines(texts: list[str], reference: np.ndarray, logits: np.ndarray) -> list[dict]:
