@@ -62,12 +62,14 @@ class Tokeniser:
 
         config = artefact.manifest["tokenizer"]
         self._tokenizer = Tokenizer.from_file(str(artefact.folder / "tokenizer.json"))
-        self._tokenizer.enable_truncation(config["max_length"], direction=config["truncation_side"])
+        self._tokenizer.enable_truncation(config["max_length"], direction=config.get("truncation_side", "right"))
         self._tokenizer.no_padding()
         self._pad_id = config["pad_id"]
-        self._pad_left = config["padding_side"] == "left"
+        self._pad_left = config.get("padding_side") == "left"
         self._names = config["inputs"]
-        self._typed = config["typed"]  # where the model takes types and the tokeniser gives none, they are zeros
+        self._typed = config.get(
+            "typed", False
+        )  # where the model takes types and the tokeniser gives none, they are zeros
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""
