@@ -53,9 +53,8 @@ def test_a_swallowed_interrupt_still_ends_the_script_and_keeps_the_old_artefact(
     before = artefact.load(output).manifest
 
     def main():
-        with artefact.building(output):
-            with contextlib.suppress(BaseException):  # as copy.deepcopy's bare `except`
-                os.kill(os.getpid(), signal.SIGINT)
+        with artefact.building(output), contextlib.suppress(BaseException):  # as copy.deepcopy's bare `except`
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(SystemExit) as stop:
         lab.run(main)
