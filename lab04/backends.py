@@ -43,8 +43,10 @@ def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
 
     Raises LabError if a label, all of them clear ones, or the probabilities differ from FP32's.
     """
-    known = artefact.manifest.get("check", {}).get("known_headlines", [])  # none while the artefact is being built
-    tokenise = Tokeniser(artefact) if known else None
+    known = artefact.manifest.get("check", {}).get("known_headlines")
+    if not known:  # the artefact is being built
+        return
+    tokenise = Tokeniser(artefact)
     for item in known:
         reference = np.array([item["fp32_logits"]])
         result = consistency.compare(reference, backend.logits(tokenise([item["text"]])))
