@@ -293,7 +293,6 @@ def remembering_interrupts() -> Iterator[None]:
         interrupted.set()
         raise KeyboardInterrupt
 
-    interrupted.clear()
     before = signal.getsignal(signal.SIGINT)
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours:
@@ -301,5 +300,6 @@ def remembering_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
+        interrupted.clear()
         if ours:
             signal.signal(signal.SIGINT, before)
