@@ -6,10 +6,12 @@ Reads lora-news/adapter (or --model) and writes quantised-model-optimum/: one ON
 ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the exported FP32 graph beside it.
 """
 
+import copy
+import shutil
 import tempfile
 from pathlib import Path
 
-from lab04 import artefact, classifier, lab, preparation
+from lab04 import artefact, backends, classifier, lab, preparation, recheck
 
 MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
 FP32_FILE = "model.onnx"
@@ -19,6 +21,11 @@ SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in ("query", "key"
 def main() -> None:
     parser = lab.argument_parser(__doc__, output="quantised-model-optimum")
     parser.add_argument("--keep-fp32", action="store_true", help=f"also keep {FP32_FILE}, the unquantised graph")
+    parser.add_argument(
+        "--recheck",
+        action="store_true",
+        help=f"also write {recheck.GRAPH_FILE}, which decides headlines INT8 leaves open",
+    )
     arguments = parser.parse_args()
 
     print("1. Load the merged FP32 classifier")
@@ -39,10 +46,36 @@ def main() -> None:
         if arguments.keep_fp32:
             lab.export_onnx(fp32.model, folder).rename(folder / FP32_FILE)
 
+        if arguments.recheck:
+            write_exact(fp32, Path(scratch), folder / recheck.GRAPH_FILE)
+
         print("6. Check against FP32 on the test headlines")
         artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE)
+        if arguments.recheck:
+            record_threshold(folder, arguments.threads)
         artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads))
     lab.report(fp32, arguments.output, "python lab04-nvidia.py")
+
+
+def write_exact(fp32: classifier.Classifier, scratch: Path, output: Path) -> None:
+    """Write the fused graph of the unrounded FP32 weights that decides where INT8 is close to a border."""
+    network = copy.deepcopy(fp32.model)
+    preparation.trim_last_layer(network)
+    folder = scratch / "exact"
+    folder.mkdir()
+    shutil.move(fuse(lab.export_onnx(network, folder), fp32, folder), output)
+
+
+def record_threshold(folder: Path, threads: int) -> None:
+    """Find the threshold of a sealed folder's recheck and add it to the manifest."""
+    built = artefact.load(folder)
+    quick = backends.OnnxRuntimeBackend(built, threads)
+    exact = backends.OnnxRuntimeBackend(built, threads, folder / recheck.GRAPH_FILE)
+    threshold = recheck.find_threshold(quick, exact, artefact.Tokeniser(built))
+    print(f"   recheck below a gap of {threshold:.3f} logits, from training headlines")
+    artefact.write_manifest(
+        folder, {**built.manifest, "recheck": {"graph": recheck.GRAPH_FILE, "threshold": threshold}}
+    )
 
 
 def fuse(exported: Path, fp32: classifier.Classifier, scratch: Path) -> Path:

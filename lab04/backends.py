@@ -14,6 +14,7 @@ import numpy as np
 
 from lab04.artefact import Artefact, Tokens
 from lab04.backend import Backend, OutputCheck
+from lab04.recheck import RecheckedBackend
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (README, "Threads").
@@ -22,7 +23,11 @@ DEFAULT_THREADS = 1
 
 def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
     """The backend of an artefact, ready to run. Raises `backend.Unavailable` if its library or device is not here."""
-    return BACKENDS[artefact.backend](artefact, threads)
+    backend = BACKENDS[artefact.backend](artefact, threads)
+    if recheck := artefact.manifest.get("recheck"):
+        exact = OnnxRuntimeBackend(artefact, threads, artefact.folder / recheck["graph"])
+        return RecheckedBackend(backend, exact, recheck["threshold"])
+    return backend
 
 
 def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):

@@ -99,7 +99,8 @@ def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) 
     texts = test_texts()
     built = artefact.load(folder)
     tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
-    result = consistency.check(fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts]))
+    logits = np.concatenate([backend.logits(tokenise([text])) for text in texts])
+    result = consistency.check(fp32_logits(fp32, texts), logits, rechecked="recheck" in built.manifest)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
