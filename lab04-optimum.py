@@ -9,7 +9,7 @@ ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the
 import tempfile
 from pathlib import Path
 
-from lab04 import artefact, classifier, lab, onnx_graph, preparation
+from lab04 import artefact, backends, classifier, lab, onnx_graph, preparation, recheck
 
 MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
 FP32_FILE = "model.onnx"
@@ -18,6 +18,11 @@ FP32_FILE = "model.onnx"
 def main() -> None:
     parser = lab.int8_argument_parser(__doc__, output="quantised-model-optimum")
     parser.add_argument("--keep-fp32", action="store_true", help=f"also keep {FP32_FILE}, the unquantised graph")
+    parser.add_argument(
+        "--recheck",
+        action="store_true",
+        help=f"also write {recheck.GRAPH_FILE}, which decides headlines INT8 leaves open",
+    )
     arguments = parser.parse_args()
 
     texts = lab.choose_texts(arguments.texts)
@@ -39,10 +44,33 @@ def main() -> None:
         if arguments.keep_fp32:
             lab.export_onnx(fp32.model, folder).rename(folder / FP32_FILE)
 
+        if arguments.recheck:
+            write_exact(fp32, Path(scratch) / "exact", folder / recheck.GRAPH_FILE)
+
         print("6. Check against FP32")
         artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE, texts=texts.record)
+        if arguments.recheck:
+            record_threshold(folder, texts.prepare, arguments.threads)
         artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
     lab.report(fp32, arguments.output, "python lab04-nvidia.py")
+
+
+def write_exact(fp32: classifier.Classifier, scratch: Path, output: Path) -> None:
+    """Write the fused graph of the unrounded FP32 weights that decides where INT8 is close to a border."""
+    network = preparation.trimmed(fp32.model, preparation.typical_inputs(fp32)[0])
+    onnx_graph.fuse(lab.export_onnx(network, scratch), fp32.model.config, output)
+
+
+def record_threshold(folder: Path, texts: list[str] | None, threads: int) -> None:
+    """Find the threshold of a sealed folder's recheck, on our training headlines if not on `texts`; add it to it."""
+    built, texts = artefact.load(folder), texts or [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)]
+    quick = backends.OnnxRuntimeBackend(built, threads)
+    exact = backends.OnnxRuntimeBackend(built, threads, folder / recheck.GRAPH_FILE)
+    threshold = recheck.find_threshold(quick, exact, artefact.Tokeniser(built), texts)
+    print(f"   recheck below a gap of {threshold:.3f} logits")
+    artefact.write_manifest(
+        folder, {**built.manifest, "recheck": {"graph": recheck.GRAPH_FILE, "threshold": threshold}}
+    )
 
 
 if __name__ == "__main__":

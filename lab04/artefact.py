@@ -116,6 +116,10 @@ def load(folder: Path | str) -> Artefact:
         # What will be opened must be among the files just checked.
         model_file = manifest["model_file"]
         opened = {"config.json", "tokenizer.json", model_file, manifest.get("graph", model_file)}
+        if "recheck" in manifest:
+            opened.add(manifest["recheck"]["graph"])
+            if not 0 <= manifest["recheck"]["threshold"] < float("inf"):
+                raise ValueError(f"{MANIFEST} names no usable threshold")
         if manifest["backend"] not in BUILDERS or not opened <= manifest["files"].keys():
             raise ValueError(f"{MANIFEST} names no known backend or model file")
     except FileNotFoundError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from lab04 import LabError, consistency
 from lab04.artefact import Artefact, Tokeniser, Tokens, rebuild_command
 from lab04.backend import Backend, OutputCheck
+from lab04.recheck import RecheckedBackend
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (README, "Threads").
@@ -33,6 +34,9 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
     Raises `backend.Unavailable` if its library or device is not here, LabError if it answers otherwise than FP32 did.
     """
     backend = BACKENDS[artefact.backend](artefact, threads)
+    if recheck := artefact.manifest.get("recheck"):
+        exact = OnnxRuntimeBackend(artefact, threads, artefact.folder / recheck["graph"])
+        backend = RecheckedBackend(backend, exact, recheck["threshold"])
     try:
         check_known_headlines(artefact, backend)
     except BaseException:

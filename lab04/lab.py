@@ -171,7 +171,7 @@ def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int, 
         return np.concatenate([backend.logits(tokenise([text])) for text in texts])
 
     reference, logits = fp32_logits(fp32, texts), run(texts)
-    result = consistency.check(reference, logits)
+    result = consistency.check(reference, logits, rechecked="recheck" in built.manifest)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
