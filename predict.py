@@ -18,7 +18,7 @@ import sys
 import time
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_headlines(arguments: argparse.Namespace, labels: set[str]) -> Iterator[Headline]:
     """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
+    rows: Iterable[tuple[int, Headline]]
     if arguments.file:
         columns = arguments.format, arguments.text_column, arguments.label_column
         rows = ((line, Headline(text, label)) for line, text, label in headlines.read(arguments.file, *columns))

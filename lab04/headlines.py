@@ -82,6 +82,8 @@ def read_table(file, name: str, delimiter: str | None, text_column, label_column
     try:
         header = next(reader, [])
         line = skip + 1
+        text_at: int | None
+        label_at: int | None
         ag_news = len(header) == 3 and header[0] in AG_NEWS_CLASSES
         if ag_news:
             yield line, header[1], AG_NEWS_CLASSES[header[0]]
