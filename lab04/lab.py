@@ -5,6 +5,7 @@ import contextlib
 import csv
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+UNDER_MAKE = "LAB_UNDER_MAKE"  # set by the Makefile
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
@@ -113,7 +115,24 @@ def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None
     built = artefact.load(output)
     print(f"   FP32 weights {before_mb:.1f} MB -> {built.model_file.name} {built.model_mb:.1f} MB")
     print(f"Wrote {output}")
-    print(f"Next: {next_command}")
+    suggest(next_command)
+
+
+def suggest(command: str) -> None:
+    """Print what to run next, unless make runs it anyway."""
+    if UNDER_MAKE not in os.environ:
+        print(as_run_here(f"Next: {command}"))
+
+
+def as_run_here(message: str) -> str:
+    """A message whose `python SCRIPT` and `pip install` are those of the Python that runs now, which many lack on PATH.
+
+    As in `run .venv/bin/python predict.py`: it works as it stands.
+    """
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
+    message = re.sub(r"(?<!\S)python (?=\S+\.py|-m )", lambda _: f"{python} ", message)
+    return re.sub(r"(?<!-m )(?<![\w/-])pip (?=(?:un)?install)", lambda _: f"{python} -m pip ", message)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -123,10 +142,11 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except LabError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(as_run_here(f"{script}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        print(f"{script}: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        message = f"{script}: {error.name} is not installed: pip install -r requirements.txt"
+        print(as_run_here(message), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted, nothing was changed", file=sys.stderr)
