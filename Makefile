@@ -1,7 +1,10 @@
 # The whole lab in two commands: `make lab` and `make test`. `make` alone lists the rest.
+# `make lab TORCH=cpu` installs PyTorch without its CUDA libraries: 2 GB of disk in place of 6.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+# On a terminal pip shows what it fetches; into a file it would write a line for each package.
+PIP := $(RUN) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
 SHARED := $(addprefix lab04/,__init__.py artefact.py backend.py backends.py classifier.py consistency.py lab.py)
 WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) lora-news/headlines/train.csv lora-news/headlines/test.csv
 BERT_BASE := quantised-model-bert-base
@@ -14,9 +17,10 @@ BERT_BASE := quantised-model-bert-base
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
+lab: export LAB_UNDER_MAKE := 1 # the scripts need not say what to run next: make runs it
 lab: quantised-model-torch/manifest.json quantised-model-optimum/manifest.json quantised-model-tensorrt/manifest.json ## quantise three ways, compare on three headlines
 	@$(RUN) predict.py
-	@echo "Wrote quantised-model-torch/ quantised-model-optimum/ quantised-model-tensorrt/ confidence_*.png"
+	@echo "Wrote quantised-model-torch/ quantised-model-optimum/ quantised-model-tensorrt/ confidence_*.png, all in this folder"
 
 test: .venv/installed-tests ## lint and tests
 	$(RUN) -m pip check
@@ -59,16 +63,17 @@ quantised-model-tensorrt/manifest.json: lab04-nvidia.py lab04/tensorrt_build.py 
 	$(RUN) lab04-nvidia.py || [ $$? -eq 3 ]
 
 .venv/installed: requirements.txt
-	@echo "Installing requirements.txt into .venv (about 2 GB, a few minutes)"
+	@echo "Installing requirements.txt into .venv (about $(if $(TORCH),2,6) GB, some minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the lab needs Python 3.11 or newer: make PYTHON=python3.11 lab")'
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON) -m venv .venv || { echo "Python cannot make environments here; on Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	$(if $(TORCH),$(PIP) --index-url https://download.pytorch.org/whl/$(TORCH) $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt))
+	$(PIP) -r requirements.txt
 	@touch $@
 
 .venv/installed-tests: .venv/installed requirements/test.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements/test.txt
+	$(PIP) -r requirements.txt -r requirements/test.txt
 	@touch $@
 
 .venv/installed-peers: .venv/installed requirements/peers.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements/peers.txt
+	$(PIP) -r requirements.txt -r requirements/peers.txt
 	@touch $@

@@ -9,13 +9,17 @@ cache stays beside the folder, so that building again is quick.
 """
 
 import argparse
+import os
+import sys
 import tempfile
 from pathlib import Path
 
+from lab04 import LabError  # before numpy: it says in one line that no library is installed
+
+# isort: split
 import numpy as np
 
 from lab04 import (
-    LabError,
     artefact,
     backends,
     classifier,
@@ -54,6 +58,8 @@ def main() -> None:
         print("4. Check against FP32 on the test headlines")
         artefact.record_check(folder, check_artefact(folder, fp32, arguments.threads))
     lab.report(fp32, arguments.output, "python predict.py")
+    if absent and lab.UNDER_MAKE in os.environ:  # predict.py runs next, and says why
+        sys.exit(NoEngine.exit_code)
     if absent:
         raise NoEngine(
             f"no engine here: {absent}; on a machine with an NVIDIA GPU run "
@@ -106,7 +112,7 @@ def write_artefact(folder: Path, arguments: argparse.Namespace) -> tuple[classif
         )
     except Unavailable as reason:
         absent = str(reason)
-        print(f"   skipped: {absent}")
+        print("   skipped, which is no failure: the FP16 graph runs on the CPU as a check of its labels")
     model_file = ENGINE_FILE if engine else GRAPH_FILE
     artefact.seal(folder, fp32, "tensorrt", "FP16", model_file, graph=GRAPH_FILE, engine=engine, engine_absent=absent)
     return fp32, absent

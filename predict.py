@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 wrong input or artefact, 130 interrupted, 141 the reader o
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -22,9 +23,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab04 import ROOT, LabError  # before numpy: it says in one line that no library is installed
+
+# isort: split
 import numpy as np
 
-from lab04 import ROOT, LabError, artefact, backends, charts, headlines, lab
+from lab04 import artefact, backends, charts, headlines, lab
 from lab04.backend import Backend, Unavailable
 from lab04.consistency import softmax, top
 
@@ -69,6 +73,11 @@ class Runner:
     def last_rechecked(self) -> bool:
         """Whether the backend's last headline was decided by its second graph."""
         return self.backend.rechecked is not None and bool(self.backend.rechecked[0])
+
+    @property
+    def name(self) -> str:
+        """What tables and charts call it."""
+        return "TensorRT's graph on the CPU" if self.reason else self.backend.name
 
 
 def main() -> None:
@@ -116,9 +125,18 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.headlines and arguments.file:
         raise LabError("give headlines or --file, not both")
+    if named := [text for text in arguments.headlines if text != "-" and is_file(text)]:
+        raise LabError(f"{named[0]} is a file, not a headline: python predict.py --file {named[0]}")
     arguments.artefacts = arguments.artefacts or [ROOT / ARTEFACTS[name] for name in arguments.backends]
     arguments.runs = arguments.runs or (1 if arguments.file else RUNS)
     return arguments
+
+
+def is_file(text: str) -> bool:
+    """Whether a headline is really the name of a file; most headlines are no possible name at all."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(text).is_file()
+    return False
 
 
 # --- Input ------------------------------------------------------------------------------------------------
@@ -254,9 +272,9 @@ def write_report(
 
 def print_top_five(runner: Runner, scores: np.ndarray, ms: float) -> None:
     labels, best = runner.artefact.labels, top(scores)
-    took = "label check on the CPU, no speed claimed" if runner.reason else f"{ms / 1e3:.4f} sec"
+    took = "a check of its labels, no speed claimed" if runner.reason else f"{ms / 1e3:.4f} sec"
     took += ", rechecked" * runner.last_rechecked()
-    print(f"\n[{runner.backend.name}]: {labels[best[0]]} ({best[0]}) | {took}")
+    print(f"\n[{runner.name}]: {labels[best[0]]} ({best[0]}) | {took}")
     print("Top 5 Predictions:" if len(best) == 5 else "Predictions:")
     width = max(12, *(len(labels[index]) for index in best))
     for index in best:
@@ -268,10 +286,8 @@ def chart_rows(runners: list[Runner], results: list[tuple[np.ndarray, float]]) -
     return [
         {
             "backend": runner.artefact.backend,
-            "name": runner.backend.name,
-            "note": "label check on the CPU"
-            if runner.reason
-            else f"{ms:.1f} ms" + ", rechecked" * runner.last_rechecked(),
+            "name": runner.name,
+            "note": "labels only" if runner.reason else f"{ms:.1f} ms" + ", rechecked" * runner.last_rechecked(),
             "probabilities": scores,
         }
         for runner, (scores, ms) in zip(runners, results, strict=True)
@@ -320,7 +336,7 @@ def print_summary(runners: list[Runner], tokenise_ms: float, count: int, argumen
                 f"{runner.backend.name}: {runner.rechecked / count:.1%} of the headlines ran again in its second graph"
             )
         if runner.reason:
-            print(f"{runner.backend.name}: {runner.reason}")
+            print(lab.as_run_here(f"{runner.name}: {runner.reason}"))
 
 
 def summary_row(runner: Runner) -> tuple[str, ...]:
@@ -328,7 +344,7 @@ def summary_row(runner: Runner) -> tuple[str, ...]:
     p50, p95 = np.percentile(runner.times_ms, (50, 95))
     times = ("–", "–", "–") if runner.reason else (f"{p50:.2f}", f"{p95:.2f}", f"{1e3 / np.mean(runner.times_ms):.0f}")
     return (
-        runner.backend.name,
+        runner.name,
         manifest["precision"],
         runner.backend.device,
         f"{runner.artefact.model_mb:.1f}",

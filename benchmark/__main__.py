@@ -88,7 +88,7 @@ def report(folder: Path, journal: results.Journal) -> None:
     print(f"\n{environment.one_line(measured['environment'])}\n")
     print(tables.summary(measured))
     print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
-    print(f"Next: python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
+    lab.suggest(f"python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
 
 
 if __name__ == "__main__":

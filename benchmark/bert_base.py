@@ -18,7 +18,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     build(folder)
     print(f"Wrote {folder}")
-    print(f"Next: python lab04-torch.py --model {folder} --output quantised-model-bert-base-torch")
+    lab.suggest(f"python lab04-torch.py --model {folder} --output quantised-model-bert-base-torch")
 
 
 def build(folder: Path) -> None:

@@ -50,7 +50,8 @@ def main() -> None:
     )
     for row in rows:
         print(f"{row['step']:<50} {row['error']:7.2%} {row['changed']:5d} {row['speed']:6.2f}x")
-    print(f"Wrote {folder}\nNext: make readme")
+    print(f"Wrote {folder}")
+    lab.suggest("make readme")
 
 
 def build_variants(fp32: classifier.Classifier) -> dict:

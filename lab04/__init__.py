@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the scripts and the default folders are here, wherever one starts them
@@ -15,6 +17,15 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")  # a user's own setting wins
 
 interrupted = threading.Event()  # set by Ctrl-C (`lab.run`): a library's bare `except` may swallow the exception
+
+
+if find_spec("numpy") is None:  # no environment at all: say so before the first import of a library is a traceback
+    print(
+        f"{Path(sys.argv[0]).name}: the lab's libraries are not installed for {sys.executable}: run it with "
+        f"{ROOT / '.venv' / 'bin' / 'python'}, which make lab sets up",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 class LabError(Exception):

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ MIN_TEXTS, MAX_TEXTS = 32, 2000  # of a user's; half prepare and half check, and
 MAX_UNKNOWN = 0.5  # share of unknown tokens above which a check on such texts says little
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 KNOWN_HEADLINES = 5  # run each time an artefact is opened: milliseconds
+UNDER_MAKE = "LAB_UNDER_MAKE"  # set by the Makefile
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
@@ -210,7 +212,24 @@ def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None
     built = artefact.load(output)
     print(f"   FP32 weights {before_mb:.1f} MB -> {built.model_file.name} {built.model_mb:.1f} MB")
     print(f"Wrote {output}")
-    print(f"Next: {next_command}")
+    suggest(next_command)
+
+
+def suggest(command: str) -> None:
+    """Print what to run next, unless make runs it anyway."""
+    if UNDER_MAKE not in os.environ:
+        print(as_run_here(f"Next: {command}"))
+
+
+def as_run_here(message: str) -> str:
+    """A message whose `python SCRIPT` and `pip install` are those of the Python that runs now, which many lack on PATH.
+
+    As in `run .venv/bin/python predict.py`: it works as it stands.
+    """
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
+    message = re.sub(r"(?<!\S)python (?=\S+\.py|-m )", lambda _: f"{python} ", message)
+    return re.sub(r"(?<!-m )(?<![\w/-])pip (?=(?:un)?install)", lambda _: f"{python} -m pip ", message)
 
 
 def first_line(docstring: str | None) -> str | None:
@@ -243,7 +262,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         message, code = f"cannot write to standard output: {error.strerror}", 2
     finally:
-        close_console(script, message)
+        close_console(script, message and as_run_here(message))
     if code:
         sys.exit(code)
 

@@ -36,7 +36,7 @@ def self_check(build: Callable, compare: Callable) -> None:
             f"failed: {', '.join(failed)}. If the README's troubleshooting does not help, open an issue with the lines "
             "above and the output of nvidia-smi and pip freeze"
         )
-    print("Next: python lab04-nvidia.py")
+    lab.suggest("python lab04-nvidia.py")
 
 
 class Steps:

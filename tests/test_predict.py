@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import HEADLINES, ROOT, run_in_process, run_script
 
+from lab04 import lab
+
 CHARTS = [
     "confidence_ai_tutor_program_set.png",
     "confidence_climate_report_warns.png",
@@ -63,7 +65,7 @@ def test_default_headlines_in_the_labs_form(artefact_folder, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("Predicting: ")] == [f"Predicting: {h!r}" for h in HEADLINES]
-    for name in ("PyTorch Quantised", "ONNX Quantised", "TensorRT FP16"):
+    for name in ("PyTorch Quantised", "ONNX Quantised", "TensorRT's graph on the CPU"):
         heads = [line for line in lines if line.startswith(f"[{name}]: topic ")]
         assert len(heads) == 3, name
     assert lines.count("Top 5 Predictions:") == 9
@@ -76,8 +78,12 @@ def test_default_headlines_in_the_labs_form(artefact_folder, tmp_path):
         assert path.read_bytes().startswith(PNG)
         assert f">> Saved prediction confidence comparison to: {path.name}" in lines
     summary = lines[lines.index(next(line for line in lines if line.startswith("Summary: 3 headlines"))) :]
-    assert {line.split("  ")[0] for line in summary} >= {"PyTorch Quantised", "ONNX Quantised", "TensorRT FP16"}
-    assert any(line.startswith("TensorRT FP16: ") for line in summary), "why TensorRT does not run here"
+    assert {line.split("  ")[0] for line in summary} >= {
+        "PyTorch Quantised",
+        "ONNX Quantised",
+        "TensorRT's graph on the CPU",
+    }
+    assert any(line.startswith("TensorRT's graph on the CPU: ") for line in summary), "why TensorRT does not run here"
 
 
 def test_headlines_that_begin_alike_get_charts_of_their_own(predict, tmp_path):
@@ -216,8 +222,8 @@ def test_stream_needs_no_more_memory_for_more_headlines(onnx, tmp_path):
 
 
 def test_missing_artefact(rejected, tmp_path):
-    assert "run python lab04-torch.py" in rejected("A", artefacts=[tmp_path / "quantised-model-torch"])
-    assert "run python lab04-optimum.py" in rejected("A", artefacts=[tmp_path / "quantised-model-optimum"])
+    assert "python lab04-torch.py" in rejected("A", artefacts=[tmp_path / "quantised-model-torch"])
+    assert "python lab04-optimum.py" in rejected("A", artefacts=[tmp_path / "quantised-model-optimum"])
 
 
 def test_empty_headline_and_file(rejected, tmp_path):
@@ -296,7 +302,7 @@ def test_corrupt_artefact(rejected, onnx, tmp_path):
         file.write(bytes([byte ^ 1]))
     line = rejected("A headline", artefacts=[broken])
     assert "corrupt artefact" in line
-    assert "run python lab04-optimum.py" in line
+    assert "python lab04-optimum.py" in line
 
 
 def test_artefacts_of_different_weights(rejected, onnx, artefact_folder):
@@ -330,3 +336,28 @@ def test_library_that_is_not_installed(capsys, monkeypatch, onnx):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # makes the import fail as for a missing package
     assert run_in_process("predict.py", "--artefacts", onnx, "--", "A headline") == 2
     assert "pip install -r requirements.txt" in capsys.readouterr().err
+
+
+def test_a_file_given_as_a_headline_is_noticed(rejected, tmp_path):
+    path = tmp_path / "my.csv"
+    path.write_text("text\nA headline\n")
+    assert f"is a file, not a headline: {sys.executable} predict.py --file {path}" in rejected(str(path))
+
+
+def test_without_any_library_one_line_says_what_to_do(tmp_path):
+    bare = [sys.executable, "-S", ROOT / "predict.py"]  # -S: without site-packages
+    process = subprocess.run(bare, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and "make lab" in process.stderr
+
+
+def test_commands_in_messages_work_as_they_stand(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.chdir(tmp_path)
+    asked = "run pip install -r a.txt && python lab04-nvidia.py; a python of theirs, python3 -m pip install b"
+    assert lab.as_run_here(asked) == (
+        "run .venv/bin/python -m pip install -r a.txt && .venv/bin/python lab04-nvidia.py; "
+        "a python of theirs, python3 -m pip install b"
+    )
+    monkeypatch.chdir("/")
+    assert lab.as_run_here("python -m benchmark") == f"{tmp_path}/.venv/bin/python -m benchmark"

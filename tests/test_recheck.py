@@ -1,6 +1,5 @@
 """Recheck: labels that INT8 would change are decided by the exact graph, and by nothing else."""
 
-import csv
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import run_in_process
 
-from lab04 import LabError, artefact, backends, consistency, recheck
+from lab04 import LabError, artefact, backends, consistency, lab, recheck
 from lab04.backend import Backend
 
 
@@ -96,8 +95,7 @@ def test_damaged_second_graph_or_threshold_is_refused(rechecked, damage, tmp_pat
 def test_predict_says_which_headlines_were_rechecked(rechecked, capsys):
     item = artefact.load(rechecked)
     tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
-    with recheck.TRAIN_HEADLINES.open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for _, row in zip(range(40), csv.DictReader(file), strict=False)]
+    texts = [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)[:40]]
     expected = []
     for text in texts:
         backend.logits(tokenise([text]))

@@ -634,7 +634,7 @@ def test_without_a_gpu_the_graph_is_written_and_the_code_is_3(model_folder, devi
     assert error.startswith("lab04-nvidia.py: no engine here: no NVIDIA driver")
     assert "python lab04-nvidia.py" in error
     assert error.count("\n") == 1
-    assert out.splitlines()[-2:] == [f"Wrote {output}", "Next: python predict.py"]
+    assert out.splitlines()[-2:] == [f"Wrote {output}", lab.as_run_here("Next: python predict.py")]
     built = artefact.load(output)
     assert built.model_file.name == "model_fp16.onnx"
     assert built.manifest["engine"] is None
