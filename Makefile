@@ -27,7 +27,7 @@ test: .venv/installed-tests ## lint and tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
 	$(RUN) -m benchmark
@@ -46,7 +46,7 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
 	$(RUN) -m benchmark.steps
 
-readme: .venv/installed ## write the README's figures from results/
+readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme
 
 clean: ## remove what `make lab` wrote, but for the environment

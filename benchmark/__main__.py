@@ -4,7 +4,7 @@
     python -m benchmark --data my.csv            # text,label CSV, AG News CSV or JSON lines
     python -m benchmark --peers                  # also what else one could pick: pip install -r requirements/peers.txt
     python -m benchmark --profile                # microseconds of every kind of operator, a chart
-    python -m benchmark --readme                 # put the committed results into README.md's tables
+    python -m benchmark --readme                 # put the committed results into README.md and docs/
 
 Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
 results.json, CSV files and charts. An interrupted run goes on with --resume.
@@ -24,7 +24,8 @@ CPU_ARTEFACTS = ARTEFACTS[:2]
 def main() -> None:
     arguments = parse_arguments()
     if arguments.readme:
-        tables.update(ROOT / "README.md", arguments.output)
+        for name in tables.FILES:
+            tables.update(ROOT / name, arguments.output)
         return
     if arguments.profile:
         profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="discard an interrupted run")
     parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
     parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
-    parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
+    parser.add_argument("--readme", action="store_true", help="write the tables of README.md and docs/")
     arguments = parser.parse_args()
     if not arguments.threads:
         arguments.threads = [1] if arguments.quick else sorted({1, environment.usable_cores()})

@@ -377,9 +377,7 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
-def test_readme_says_what_was_measured():
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("no README.md yet")
-    text = path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", tables.FILES)
+def test_documents_say_what_was_measured(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.fill(text, ROOT / "results") == text, "run python -m benchmark --readme"
