@@ -127,7 +127,7 @@ def hardware(measured: dict) -> str:
 
 
 def summary(measured: dict) -> str:
-    """Size, latency and speed-up at the first thread count, beside agreement and macro-F1. Never speed alone."""
+    """Size, latency and speed-up at the first thread count, beside changed labels and macro-F1. Never speed alone."""
     settings = measured["settings"]
     threads, scored = str(settings["threads"][0]), not settings["random_weights"]
     rows = []
@@ -136,7 +136,7 @@ def summary(measured: dict) -> str:
         cells = [f"{row['name']} {row['precision']}", figure(row["model_mb"], ".1f")]
         cells += [f"{speed['p50_ms']:.2f}", f"{speed['p95_ms']:.2f}", ratio(speed)] if speed else [NOT_MEASURED] * 3
         if scored:
-            cells += [f"{close['agreement']:.2%}", str(close["changed"])] if close else [NOT_MEASURED] * 2
+            cells += [str(close["changed"]) if close else NOT_MEASURED]
             cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
         rows.append(cells)
     reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
@@ -144,8 +144,8 @@ def summary(measured: dict) -> str:
     note = f"Batch 1, {threads} thread{'s' * (threads != '1')}, tokenisation apart; speed: PyTorch eager FP32 = 1"
     if not scored:
         return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown.{reasons}"
-    note += "; agreement and changed: labels against FP32 PyTorch."
-    return f"{table([*head, 'agreement', 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
+    note += "; changed: labels against FP32 PyTorch."
+    return f"{table([*head, 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
 
 
 def latency(measured: dict) -> str:
