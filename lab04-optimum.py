@@ -9,7 +9,7 @@ ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the
 import tempfile
 from pathlib import Path
 
-from lab04 import artefact, backends, classifier, lab, onnx_graph, preparation, recheck
+from lab04 import artefact, backends, classifier, in_one_line, lab, onnx_graph, preparation, recheck
 
 MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
 FP32_FILE = "model.onnx"
@@ -33,11 +33,12 @@ def main() -> None:
     prepared = preparation.prepare(fp32, texts.prepare)
 
     with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
-        print("3. Export to ONNX with Optimum")
-        exported = lab.export_onnx(prepared, Path(scratch))
+        with in_one_line("cannot turn this model into an ONNX graph"):
+            print("3. Export to ONNX with Optimum")
+            exported = lab.export_onnx(prepared, Path(scratch))
 
-        print("4. Fuse BERT's attention and GELU")
-        fused = onnx_graph.fuse(exported, fp32.model.config, Path(scratch) / "fused.onnx", tanh_gelu=True)
+            print("4. Fuse BERT's attention and GELU")
+            fused = onnx_graph.fuse(exported, fp32.model.config, Path(scratch) / "fused.onnx", tanh_gelu=True)
 
         print("5. Quantise to dynamic INT8")
         onnx_graph.quantise(fused, folder / MODEL_FILE)

@@ -10,7 +10,7 @@ import copy
 import platform
 import warnings
 
-from lab04 import artefact, backends, classifier, lab, preparation
+from lab04 import artefact, backends, classifier, in_one_line, lab, preparation
 
 MODEL_FILE = "model_int8.pt"
 
@@ -27,12 +27,15 @@ def main() -> None:
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
     engine = choose_engine()
-    quantised = quantise(prepared)
+    with in_one_line("cannot quantise this model with PyTorch"):
+        quantised = quantise(prepared)
+
+        print("4. Trace and freeze to TorchScript")
+        archive = trace(quantised, fp32).save_to_buffer()
 
     with artefact.building(arguments.output) as folder:
-        print("4. Trace and freeze to TorchScript")
         # Written by Python: on a full disk PyTorch's own writer ends the whole process.
-        (folder / MODEL_FILE).write_bytes(trace(quantised, fp32).save_to_buffer())
+        (folder / MODEL_FILE).write_bytes(archive)
 
         print("5. Check against FP32")
         artefact.seal(folder, fp32, "torch", "INT8", MODEL_FILE, engine=engine, texts=texts.record)

@@ -7,7 +7,7 @@ accuracy cannot, and none is shown. The tokeniser is the packaged MiniLM's, whic
 import argparse
 from pathlib import Path
 
-from lab04 import classifier, lab
+from lab04 import lab, model_files
 
 LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"]
 
@@ -29,7 +29,7 @@ def build(folder: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(id2label=dict(enumerate(LABELS)), label2id={label: index for index, label in enumerate(LABELS)})
     BertForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(classifier.find_base(classifier.DEFAULT_BASE)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_files.find_base(model_files.DEFAULT_BASE)).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent  # the scripts and the default fol
 # ONNX Runtime from 1.29 on otherwise keeps a device id and a database of events for upload under ~/.cache.
 for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")  # a user's own setting wins
+
+FORESEEN = (OSError, ValueError, KeyError, RuntimeError)  # what libraries raise for files they cannot read
 
 interrupted = threading.Event()  # set by Ctrl-C (`lab.run`): a library's bare `except` may swallow the exception
 
@@ -35,23 +38,22 @@ class LabError(Exception):
 
 
 @contextlib.contextmanager
-def loading(what: object) -> Iterator[None]:
-    """Turn what a library raises unforeseen while it reads `what` (a model, a file) into one line.
+def in_one_line(failed: str) -> Iterator[None]:
+    """Turn what a library raises while it reads or converts a user's files into one line that begins with `failed`.
 
-    LabError, OSError of a pipe and faults of our own code go through as they are; with LAB04_DEBUG=1 everything does.
+    LabError, a missing package, a closed pipe and faults of our own code go through as they are; with LAB04_DEBUG=1
+    everything does.
     """
     try:
         yield
-    except (LabError, BrokenPipeError):
+    except (LabError, ModuleNotFoundError, BrokenPipeError):
         raise
     except Exception as error:
-        if os.environ.get("LAB04_DEBUG") == "1" or is_ours(error):
+        if os.environ.get("LAB04_DEBUG") or is_ours(error):
             raise
-        said = " ".join(str(error).split())[:200]
-        raise LabError(
-            f"cannot load {what}: {type(error).__name__}: {said or 'no message'}; if the files are in order please "
-            "report this line (LAB04_DEBUG=1 shows where it came from)"
-        ) from error
+        said = textwrap.shorten(str(error) or "no message", 200, placeholder=" …")
+        unforeseen = "" if isinstance(error, FORESEEN) else f" ({type(error).__name__}; please report this line)"
+        raise LabError(f"{failed}: {said}{unforeseen}") from error
 
 
 def is_ours(error: Exception) -> bool:

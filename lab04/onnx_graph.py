@@ -65,6 +65,8 @@ def put_back_scales(graph, scales: dict) -> None:
     """Scale the tensors in `scales` again where an attention, or a product that was not fused into one, reads them."""
     for tensor, (mul, constant) in scales.items():
         readers = [node for node in graph.node if node.op_type in ("Attention", "MatMul") and node.input[0] == tensor]
+        if not readers:
+            raise ValueError(f"nothing reads {tensor}, whose scaling was taken out")
         for node in readers:
             node.input[0] = mul.output[0]
         graph.node.insert(list(graph.node).index(readers[0]), mul)

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # this script lives one folder below the package it shares with the labs
 
-from lab04 import LabError, charts, classifier, lab  # noqa: E402
+from lab04 import LabError, charts, classifier, lab, model_files  # noqa: E402
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")  # the hub data set's integers, in order
 AG_NEWS_DEV = 1500  # AG News titles held out of training
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ag-news", default="fancyzhx/ag_news", help="hub id, or a CSV with label,title[,description]")
     add("--headlines", type=Path, default=HERE / "headlines" / "train.csv", help="our training CSV, text,label")
     add("--test", type=Path, default=HERE / "headlines" / "test.csv", help="our test CSV, text,label")
-    add("--base", default=classifier.DEFAULT_BASE, help="encoder: hub id or folder (default: %(default)s)")
+    add("--base", default=model_files.DEFAULT_BASE, help="encoder: hub id or folder (default: %(default)s)")
     add("--output", type=Path, default=HERE / "adapter", help="adapter folder (default: lora-news/adapter)")
     add("--epochs", type=float, default=4, help="passes over the data at most (default: %(default)s)")
     add("--ag-rows", type=lab.positive, default=18500, help="AG News rows to train on (default: %(default)s)")
@@ -151,7 +151,7 @@ def read_rows(source: str | Path) -> list[dict]:
             rows = load_dataset(str(source), split="train").to_list()
     except Exception as error:  # the library raises a different class for every way a source can be missing
         raise LabError(
-            f"cannot read {source}: {classifier.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
+            f"cannot read {source}: {model_files.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
         ) from error
     if not rows:
         raise LabError(f"{source} has no rows")
@@ -166,7 +166,7 @@ def build_network(base: str, labels: list[str]):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = classifier.find_base(base)
+    folder = model_files.find_base(base)
     names = dict(enumerate(labels))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
@@ -175,7 +175,7 @@ def build_network(base: str, labels: list[str]):
                 folder, num_labels=len(labels), id2label=names, label2id={name: index for index, name in names.items()}
             )
     except (OSError, ValueError) as error:
-        raise LabError(f"cannot load the base {base}: {classifier.one_line(error)}") from error
+        raise LabError(f"cannot load the base {base}: {model_files.one_line(error)}") from error
     modules = {name.rpartition(".")[2] for name, _ in network.named_modules()}
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -275,7 +275,7 @@ def encode(rows: list[dict], tokenizer, labels: list[str], base: str):
     from transformers import AutoModel
 
     with lab.quiet_logging():
-        encoder = AutoModel.from_pretrained(classifier.find_base(base)).eval()
+        encoder = AutoModel.from_pretrained(model_files.find_base(base)).eval()
 
     def encode_batch(batch):
         encoded = tokenizer(batch["text"], truncation=True, max_length=MAX_LENGTH)

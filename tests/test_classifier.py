@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lab04 import classifier, lab
+from lab04 import classifier, lab, model_files
 
 LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"]
 
@@ -15,7 +15,7 @@ LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "he
 def test_merged_logits_equal_adapter_logits():
     merged = classifier.load()
     base = AutoModelForSequenceClassification.from_pretrained(
-        classifier.find_base(classifier.DEFAULT_BASE), config=AutoConfig.from_pretrained(classifier.DEFAULT_MODEL)
+        model_files.find_base(model_files.DEFAULT_BASE), config=AutoConfig.from_pretrained(classifier.DEFAULT_MODEL)
     )
     adapter = PeftModel.from_pretrained(base, classifier.DEFAULT_MODEL).eval()
     tokens = merged.tokenizer(lab.test_texts()[:64], padding=True, return_tensors="pt")
