@@ -10,7 +10,7 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps pictures readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,7 +27,7 @@ test: .venv/installed-tests ## lint and tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
 	$(RUN) -m benchmark
@@ -46,9 +46,6 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
 	$(RUN) -m benchmark.steps
 
-pictures: .venv/installed ## draw the pictures of docs/int8.md from our own weights
-	$(RUN) -m benchmark.pictures
-
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme
 
@@ -58,7 +55,7 @@ clean: ## remove what `make lab` wrote, but for the environment
 quantised-model-torch/manifest.json: lab04-torch.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-torch.py
 
-quantised-model-optimum/manifest.json: lab04-optimum.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-optimum/manifest.json: lab04-optimum.py lab04/onnx_graph.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-optimum.py
 
 # Exit code 3 says that there is no TensorRT engine on this machine: a row with its reason, not a failure.

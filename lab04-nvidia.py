@@ -92,7 +92,7 @@ def shape(text: str) -> tuple[int, int]:
 def write_artefact(folder: Path, arguments: argparse.Namespace) -> tuple[classifier.Classifier, str | None]:
     """Fill an artefact folder. Returns the FP32 classifier and why there is no engine, or None if there is one."""
     print("1. Load the merged FP32 classifier")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
     profile = choose_profile(arguments, artefact.max_length(fp32))
 
     print("2. Export to ONNX and convert to FP16, LayerNorm kept in FP32")

@@ -7,21 +7,23 @@ loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled
 """
 
 import copy
+import platform
 import warnings
 
-from lab04 import LabError, artefact, classifier, lab, preparation
+from lab04 import artefact, backends, classifier, lab, preparation
 
 MODEL_FILE = "model_int8.pt"
 
 
 def main() -> None:
-    arguments = lab.argument_parser(__doc__, output="quantised-model-torch").parse_args()
+    arguments = lab.int8_argument_parser(__doc__, output="quantised-model-torch").parse_args()
 
+    texts = lab.choose_texts(arguments.texts)
     print("1. Load the merged FP32 classifier")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
 
     print("2. Prepare: trim the last layer, even out the inputs, round weights so that their errors cancel")
-    prepared = preparation.prepare(fp32)
+    prepared = preparation.prepare(fp32, texts.prepare)
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
     engine = choose_engine()
@@ -32,24 +34,19 @@ def main() -> None:
         # Written by Python: on a full disk PyTorch's own writer ends the whole process.
         (folder / MODEL_FILE).write_bytes(trace(quantised, fp32).save_to_buffer())
 
-        print("5. Check against FP32 on the test headlines")
-        artefact.seal(folder, fp32, "torch", "INT8", MODEL_FILE, engine=engine)
-        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads))
+        print("5. Check against FP32")
+        artefact.seal(folder, fp32, "torch", "INT8", MODEL_FILE, engine=engine, texts=texts.record)
+        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
     lab.report(fp32, arguments.output, "python lab04-optimum.py")
 
 
 def choose_engine() -> str:
-    """Select the kernel library: `x86` on x86 machines, else the first this PyTorch supports.
-
-    Raises LabError if this PyTorch was built without quantised kernels.
-    """
+    """Select the kernel library as opening the artefact does. Raises LabError if this PyTorch has none."""
     import torch
 
-    engines = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    if not engines:
-        raise LabError("this PyTorch has no quantised kernels: pip install -r requirements.txt")
-    torch.backends.quantized.engine = "x86" if "x86" in engines else engines[0]
-    return torch.backends.quantized.engine
+    engine = backends.quantised_engine(torch.backends.quantized.supported_engines, platform.machine())
+    torch.backends.quantized.engine = engine
+    return engine
 
 
 def quantise(network):
@@ -81,7 +78,7 @@ def quantise(network):
     )
     recipe = {
         torch.nn.Linear: quantization.QConfig(activation=quantization.default_dynamic_quant_observer, weight=weights),
-        torch.nn.Embedding: quantization.float_qparams_weight_only_qconfig,
+        **dict.fromkeys(looked_up(network), quantization.float_qparams_weight_only_qconfig),
     }
     with warnings.catch_warnings():
         # torch.ao is deprecated for torchao, whose dynamic INT8 is slower than FP32 on a CPU (pytorch/ao#4365).
@@ -91,6 +88,23 @@ def quantise(network):
     for module in quantised.modules():
         module.__class__ = replacements.get(type(module), type(module))
     return quantised
+
+
+def looked_up(network) -> list[str]:
+    """Names of the embeddings that a network only looks rows up in; DeBERTa also multiplies a whole table."""
+    import torch
+
+    names: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+    ]
+    with torch.inference_mode():
+        network(input_ids=torch.tensor([[0, 1]]))
+    for hook in hooks:
+        hook.remove()
+    return names
 
 
 def trace(quantised, fp32: classifier.Classifier):
@@ -110,7 +124,7 @@ def trace(quantised, fp32: classifier.Classifier):
         def forward(self, *inputs):
             return self.network(**dict(zip(fp32.input_names, inputs, strict=True))).logits
 
-    example = fp32.tokenizer(["A headline", "Another and longer headline"], padding=True, return_tensors="pt")
+    example = fp32.encode(["A headline", "Another and longer headline"])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer notices about shapes; the check below covers other shapes
         traced = torch.jit.trace(Logits().eval(), tuple(example[name] for name in fp32.input_names))

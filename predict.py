@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 wrong input or artefact, 130 interrupted, 141 the reader o
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import random
@@ -20,7 +19,7 @@ import sys
 import time
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from lab04 import ROOT, LabError  # before numpy: it says in one line that no li
 # isort: split
 import numpy as np
 
-from lab04 import artefact, backends, charts, lab
+from lab04 import artefact, backends, charts, headlines, lab
 from lab04.backend import Backend, Unavailable
 from lab04.consistency import softmax, top
 
@@ -69,6 +68,11 @@ class Runner:
     times_ms: array = field(default_factory=lambda: array("d"))
     labelled: int = 0
     correct: int = 0
+    rechecked: int = 0
+
+    def last_rechecked(self) -> bool:
+        """Whether the backend's last headline was decided by its second graph."""
+        return self.backend.rechecked is not None and bool(self.backend.rechecked[0])
 
     @property
     def name(self) -> str:
@@ -80,17 +84,17 @@ def main() -> None:
     arguments = parse_arguments()
     artefacts = [artefact.load(folder) for folder in arguments.artefacts]
     artefact.check_together(artefacts)
-    headlines = read_headlines(arguments, set(artefacts[0].labels))
+    given = read_headlines(arguments, set(artefacts[0].labels))
     # Wrong input is reported before anything is loaded; a file may be endless, so only its first line is known by then.
-    known = list(itertools.islice(headlines, 1 if arguments.file else None))
-    headlines = itertools.chain(known, headlines)
+    known = list(itertools.islice(given, 1 if arguments.file else None))
+    given = itertools.chain(known, given)
     tokenise = artefact.Tokeniser(artefacts[0])
     runners = [open_runner(item, arguments.threads) for item in artefacts]
     warm_up(runners, tokenise)
     if arguments.json:
-        write_json(runners, tokenise, headlines, arguments)
+        write_json(runners, tokenise, given, arguments)
     else:
-        write_report(runners, tokenise, headlines, arguments)
+        write_report(runners, tokenise, given, arguments)
 
 
 def natural(text: str) -> int:
@@ -106,6 +110,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("headlines", nargs="*", metavar="HEADLINE", help="headlines (default: the lab's three)")
     add("--file", help="one headline a line, or CSV with text[,label]; - reads stdin")
+    add("--format", choices=headlines.FORMATS, help="what the file is (default: by its name, else text)")
+    add("--text-column", metavar="NAME", help="the file's column of headlines (default: text, title or headline)")
+    add("--label-column", metavar="NAME", help="the file's column of labels (default: label or Class Index)")
     add("--backends", nargs="+", choices=list(ARTEFACTS), default=list(ARTEFACTS), help="which to run (default: all)")
     add("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="artefact folders to run instead of the lab's own")
     add("--output", type=Path, default=Path(), help="folder for the charts (default: the current one)")
@@ -137,45 +144,29 @@ def is_file(text: str) -> bool:
 
 def read_headlines(arguments: argparse.Namespace, labels: set[str]) -> Iterator[Headline]:
     """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
+    rows: Iterable[tuple[int, Headline]]
     if arguments.file:
-        rows = read_file(arguments.file)
+        columns = arguments.format, arguments.text_column, arguments.label_column
+        rows = ((line, Headline(text, label)) for line, text, label in headlines.read(arguments.file, *columns))
     elif arguments.headlines:
         rows = enumerate(map(Headline, arguments.headlines), start=1)
     else:
         # The default headlines' labels are the default model's; another model is not judged by them.
         known = {text: label if label in labels else None for text, label in HEADLINES.items()}
         rows = enumerate(itertools.starmap(Headline, known.items()), start=1)
-    empty = True
+    empty, names = True, headlines.label_names(labels)
     for number, headline in rows:
         where = f"{arguments.file}, line {number}" if arguments.file else f"headline {number}"
         if not headline.text.strip():
             raise LabError(f"{where} is empty")
+        if headline.label is not None:
+            headline.label = names.get(headline.label.casefold(), headline.label)
         if headline.label is not None and headline.label not in labels:
             raise LabError(f"{where}: unknown label {headline.label!r}; the model knows {', '.join(sorted(labels))}")
         empty = False
         yield headline
     if empty:
         raise LabError(f"{arguments.file} holds no headlines")
-
-
-def read_file(name: str) -> Iterator[tuple[int, Headline]]:
-    """Line numbers and headlines of a text file (blank lines skipped) or a CSV, told apart by the name's ending."""
-    try:
-        with open(0 if name == "-" else name, encoding="utf-8-sig", newline="", closefd=name != "-") as file:
-            if not name.lower().endswith(".csv"):
-                yield from ((n, Headline(line.strip())) for n, line in enumerate(file, start=1) if line.strip())
-                return
-            reader = csv.DictReader(file)
-            if "text" not in (reader.fieldnames or ()):
-                raise LabError(f"{name} has no column 'text': its first line must name the columns, text[,label]")
-            for row in reader:
-                yield reader.line_num, Headline(row["text"] or "", row.get("label") or None)
-    except UnicodeDecodeError as error:
-        raise LabError(f"{name} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from error
-    except csv.Error as error:
-        raise LabError(f"{name} is no CSV file: {error}") from error
-    except OSError as error:
-        raise LabError(f"cannot read {name}: {error.strerror}") from error
 
 
 # --- Running ----------------------------------------------------------------------------------------------
@@ -225,7 +216,9 @@ def count_correct(runner: Runner, headline: Headline, probabilities: np.ndarray)
 # --- Output -----------------------------------------------------------------------------------------------
 
 
-def write_json(runners: list[Runner], tokenise: artefact.Tokeniser, headlines, arguments: argparse.Namespace) -> None:
+def write_json(
+    runners: list[Runner], tokenise: artefact.Tokeniser, headlines: Iterator[Headline], arguments: argparse.Namespace
+) -> None:
     """One JSON object a headline, each line flushed so that an interruption loses nothing that was done."""
     from tqdm import tqdm
 
@@ -246,10 +239,14 @@ def write_json(runners: list[Runner], tokenise: artefact.Tokeniser, headlines, a
                 "probabilities": dict(zip(runner.artefact.labels, scores.tolist(), strict=True)),
                 "ms": None if runner.reason else ms,
             }
+            if runner.backend.rechecked is not None:
+                record["backends"][runner.backend.name]["rechecked"] = runner.last_rechecked()
         print(json.dumps(record), flush=True)
 
 
-def write_report(runners: list[Runner], tokenise: artefact.Tokeniser, headlines, arguments: argparse.Namespace) -> None:
+def write_report(
+    runners: list[Runner], tokenise: artefact.Tokeniser, headlines: Iterator[Headline], arguments: argparse.Namespace
+) -> None:
     """Print every headline's top five as the original lab did, save its chart, and close with the summary."""
     tokenise_ms, chart_names, count = array("d"), ChartNames(arguments.output), 0
     for count, headline in enumerate(headlines, start=1):
@@ -262,6 +259,7 @@ def write_report(runners: list[Runner], tokenise: artefact.Tokeniser, headlines,
         results = run_headline(runners, tokens, arguments.runs)
         for runner, (scores, ms) in zip(runners, results, strict=True):
             count_correct(runner, headline, scores)
+            runner.rechecked += runner.last_rechecked()
             print_top_five(runner, scores, ms)
         if count <= arguments.charts:
             path = chart_names.next(headline.text)
@@ -276,6 +274,7 @@ def write_report(runners: list[Runner], tokenise: artefact.Tokeniser, headlines,
 def print_top_five(runner: Runner, scores: np.ndarray, ms: float) -> None:
     labels, best = runner.artefact.labels, top(scores)
     took = "a check of its labels, no speed claimed" if runner.reason else f"{ms / 1e3:.4f} sec"
+    took += ", rechecked" * runner.last_rechecked()
     print(f"\n[{runner.name}]: {labels[best[0]]} ({best[0]}) | {took}")
     print("Top 5 Predictions:" if len(best) == 5 else "Predictions:")
     width = max(12, *(len(labels[index]) for index in best))
@@ -289,7 +288,7 @@ def chart_rows(runners: list[Runner], results: list[tuple[np.ndarray, float]]) -
         {
             "backend": runner.artefact.backend,
             "name": runner.name,
-            "note": "labels only" if runner.reason else f"{ms:.1f} ms",
+            "note": "labels only" if runner.reason else f"{ms:.1f} ms" + ", rechecked" * runner.last_rechecked(),
             "probabilities": scores,
         }
         for runner, (scores, ms) in zip(runners, results, strict=True)
@@ -333,6 +332,10 @@ def print_summary(runners: list[Runner], tokenise_ms: float, count: int, argumen
         f"* same label as the FP32 weights on the lab's {check['headlines']} test headlines, measured when it was built"
     )
     for runner in runners:
+        if runner.backend.rechecked is not None:
+            print(
+                f"{runner.backend.name}: {runner.rechecked / count:.1%} of the headlines ran again in its second graph"
+            )
         if runner.reason:
             print(lab.as_run_here(f"{runner.name}: {runner.reason}"))
 

@@ -3,7 +3,8 @@
     python -m benchmark                          # about 10 minutes on two cores; --quick: under a minute
     python -m benchmark --data my.csv            # text,label CSV, AG News CSV or JSON lines
     python -m benchmark --peers                  # also what else one could pick: pip install -r requirements/peers.txt
-    python -m benchmark --readme                 # put the committed results into README.md's tables
+    python -m benchmark --profile                # microseconds of every kind of operator, a chart
+    python -m benchmark --readme                 # put the committed results into README.md and docs/
 
 Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
 results.json, CSV files and charts. An interrupted run goes on with --resume.
@@ -13,15 +14,21 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmark import charts, environment, results, tables
-from benchmark.run import Run
+from benchmark import charts, environment, profile, results, tables
+from benchmark.run import ARTEFACTS, Run
 from lab04 import ROOT, LabError, classifier, lab
+
+CPU_ARTEFACTS = ARTEFACTS[:2]
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.readme:
-        tables.update(ROOT / "README.md", arguments.output)
+        for name in tables.FILES:
+            tables.update(ROOT / name, arguments.output)
+        return
+    if arguments.profile:
+        profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
         return
     if arguments.redraw:
         if not (arguments.redraw / results.JOURNAL).exists():
@@ -42,7 +49,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
     parser.add_argument(
         "--model", default=classifier.DEFAULT_MODEL, help="their FP32 weights (default: lora-news/adapter)"
@@ -67,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="discard an interrupted run")
     parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
-    parser.add_argument("--readme", action="store_true", help="write README.md's tables from the results")
+    parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
+    parser.add_argument("--readme", action="store_true", help="write the tables of README.md and docs/")
     arguments = parser.parse_args()
     if not arguments.threads:
         arguments.threads = [1] if arguments.quick else sorted({1, environment.usable_cores()})

@@ -13,7 +13,7 @@ LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "he
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     parser.add_argument("folder", type=Path, help="where to write the model")
     folder = parser.parse_args().folder
     build(folder)

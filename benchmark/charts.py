@@ -245,3 +245,25 @@ def arrange(rows: dict) -> tuple[dict, int, int]:
 def tidy(axes) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_profile(path: Path, measured: dict) -> None:
+    """Save `benchmark.profile`'s microseconds by kind of operator, a panel a back end on one scale."""
+    plt = pyplot()
+    rows = measured["backends"]
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(6 * len(rows), 4.2), sharex=True, layout="constrained", squeeze=False
+    )
+    for panel, (name, row) in zip(axes[0], rows.items(), strict=True):
+        kinds = row["operators_us"]
+        bars = panel.barh(range(len(kinds)), kinds.values(), color=COLOURS[row["backend"]])
+        total = sum(kinds.values())
+        panel.bar_label(bars, [f"{us:.0f} µs, {us / total:.0%}" for us in kinds.values()], padding=3, fontsize=8)
+        panel.set_yticks(range(len(kinds)), list(kinds), fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.25)
+        panel.set_xlabel("µs a headline, by the runtime's own profiler")
+        panel.set_title(name)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(environment.one_line(measured["environment"]), fontsize=7, color="#555555")
+    save(figure, path)

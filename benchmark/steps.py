@@ -25,7 +25,7 @@ WARM_UPS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     parser.add_argument("--model", default=classifier.DEFAULT_MODEL, help="FP32 weights (default: lora-news/adapter)")
     parser.add_argument("--data", type=Path, default=lab.TEST_HEADLINES, help="labelled headlines (default: test.csv)")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")

@@ -1,19 +1,23 @@
-"""README.md's figures: every one is written by this module from results/*/results.json.
+"""The figures of README.md and docs/: every one is written by this module from results/*/results.json.
 
     <!-- results:FOLDER/TABLE --> … <!-- /results -->             one of TABLES, from results/FOLDER/results.json
+    <!-- results:all/by-cpu --> … <!-- /results -->               a row for every folder of results
     <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
 
-`python -m benchmark --readme` fills them in; a test fails when README.md says anything else.
+`python -m benchmark --readme` fills them in; a test fails when a file says anything else.
 """
 
+import json
 import re
 from pathlib import Path
 
 from benchmark import environment, results
-from lab04 import LabError
+from lab04 import ROOT, LabError
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 NOT_MEASURED = "–"
+INT8 = ("torch-int8", "onnxruntime-int8")
+FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md")
 
 # The course lab this one follows, as its README states it: BERT-base, machine not named.
 ORIGINAL = {
@@ -38,6 +42,8 @@ def fill(text: str, root: Path) -> str:
 
     def replace(match: re.Match) -> str:
         opening, folder, what, _, closing = match.groups()
+        if folder == "all":
+            return f"{opening}\n{by_cpu(root)}\n{closing}"
         measured = results.load(root / folder)
         if what in TABLES:
             return f"{opening}\n{TABLES[what](measured)}\n{closing}"
@@ -58,6 +64,39 @@ def value(measured: dict, path: str) -> str:
         raise LabError(
             f"README.md asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
         ) from error
+
+
+def by_cpu(root: Path) -> str:
+    """Every run on trained weights: machine, FP32 time, × of both INT8 back ends and of the best peer, best throughput.
+
+    Of runs with the weights of an earlier adapter the weights are marked.
+    """
+    trained = json.loads((ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
+    rows = []
+    for path in sorted(root.glob(f"*/{results.RESULTS}")):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        if "backends" not in measured or "settings" not in measured or measured["settings"]["random_weights"]:
+            continue
+        settings, here, backends = measured["settings"], measured["environment"], measured["backends"]
+        threads = str(settings["threads"][0])
+        speeds = {name: row["latency"].get(threads, {}) for name, row in backends.items()}
+        peers = {name: speeds[name] for name, row in backends.items() if row["group"] == "peer" and speeds[name]}
+        best = max(peers, key=lambda name: peers[name].get("speed_up", 0), default=None)
+        rates = [
+            rate for name in INT8 for rate in backends.get(name, {}).get("throughput", {}).get(threads, {}).values()
+        ]
+        earlier = settings["weights_sha256"] != trained["weights_sha256"]
+        rows.append(
+            [f"{here['cpu']} ({', '.join(here['isa'])})", settings["data"].split("_")[0].removesuffix(".csv")]
+            + [f"{speeds[results.REFERENCE].get('p50_ms', float('nan')):.1f}"]
+            + [ratio(speeds.get(name, {})) for name in INT8]
+            + [f"{ratio(peers[best])} {backends[best]['name']}" if best else NOT_MEASURED]
+            + [f"{max(rates):.0f}" if rates else NOT_MEASURED]
+            + [here["git"]["commit"][:7] if here["git"] else NOT_MEASURED]
+            + [settings["weights_sha256"][:7] + " (earlier)" * earlier]
+        )
+    head = ["CPU", "data", "FP32 ms", "PyTorch", "ONNX", "best peer", "headlines/s", "commit", "weights"]
+    return table(head, rows)
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
@@ -88,7 +127,7 @@ def hardware(measured: dict) -> str:
 
 
 def summary(measured: dict) -> str:
-    """Size, latency and speed-up at the first thread count, beside agreement and macro-F1. Never speed alone."""
+    """Size, latency and speed-up at the first thread count, beside changed labels and macro-F1. Never speed alone."""
     settings = measured["settings"]
     threads, scored = str(settings["threads"][0]), not settings["random_weights"]
     rows = []
@@ -97,17 +136,16 @@ def summary(measured: dict) -> str:
         cells = [f"{row['name']} {row['precision']}", figure(row["model_mb"], ".1f")]
         cells += [f"{speed['p50_ms']:.2f}", f"{speed['p95_ms']:.2f}", ratio(speed)] if speed else [NOT_MEASURED] * 3
         if scored:
-            cells += [f"{close['agreement']:.2%}", str(close["changed"])] if close else [NOT_MEASURED] * 2
+            cells += [str(close["changed"]) if close else NOT_MEASURED]
             cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
-        if row["reason"]:
-            cells[-1] = row["reason"]
         rows.append(cells)
+    reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
     head = ["backend", "size (MB)", "p50 (ms)", "p95 (ms)", "speed"]
     note = f"Batch 1, {threads} thread{'s' * (threads != '1')}, tokenisation apart; speed: PyTorch eager FP32 = 1"
     if not scored:
-        return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown."
-    note += "; agreement and changed: labels against FP32 PyTorch."
-    return f"{table([*head, 'agreement', 'changed', 'macro-F1'], rows)}\n\n{note}"
+        return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown.{reasons}"
+    note += "; changed: labels against FP32 PyTorch."
+    return f"{table([*head, 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
 
 
 def latency(measured: dict) -> str:

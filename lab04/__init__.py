@@ -1,10 +1,22 @@
 """What the lab's scripts share: the classifier, the runtimes, the artefact folder, the measures, the charts."""
 
+import contextlib
+import os
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the scripts and the default folders are here, wherever one starts them
+
+# Nothing leaves the machine unasked. The libraries read these when they are imported, which is after this file.
+# ONNX Runtime from 1.29 on otherwise keeps a device id and a database of events for upload under ~/.cache.
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")  # a user's own setting wins
+
+interrupted = threading.Event()  # set by Ctrl-C (`lab.run`): a library's bare `except` may swallow the exception
 
 
 if find_spec("numpy") is None:  # no environment at all: say so before the first import of a library is a traceback
@@ -20,3 +32,30 @@ class LabError(Exception):
     """A foreseeable failure. Its message is one line: what is wrong and what to do about it."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def loading(what: object) -> Iterator[None]:
+    """Turn what a library raises unforeseen while it reads `what` (a model, a file) into one line.
+
+    LabError, OSError of a pipe and faults of our own code go through as they are; with LAB04_DEBUG=1 everything does.
+    """
+    try:
+        yield
+    except (LabError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get("LAB04_DEBUG") == "1" or is_ours(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise LabError(
+            f"cannot load {what}: {type(error).__name__}: {said or 'no message'}; if the files are in order please "
+            "report this line (LAB04_DEBUG=1 shows where it came from)"
+        ) from error
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether a mistake in our own files, not in what a library was given, raised an exception."""
+    mistakes = (NameError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, mistakes) and raised_in.parent in (ROOT, ROOT / "lab04", ROOT / "benchmark")

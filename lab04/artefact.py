@@ -6,11 +6,14 @@ complete on its own: running it needs neither the FP32 weights nor `transformers
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError
+from lab04 import LabError, interrupted
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older folder can no longer be read as it was meant
@@ -59,10 +62,14 @@ class Tokeniser:
 
         config = artefact.manifest["tokenizer"]
         self._tokenizer = Tokenizer.from_file(str(artefact.folder / "tokenizer.json"))
-        self._tokenizer.enable_truncation(config["max_length"])
+        self._tokenizer.enable_truncation(config["max_length"], direction=config.get("truncation_side", "right"))
         self._tokenizer.no_padding()
         self._pad_id = config["pad_id"]
+        self._pad_left = config.get("padding_side") == "left"
         self._names = config["inputs"]
+        self._typed = config.get(
+            "typed", False
+        )  # where the model takes types and the tokeniser gives none, they are zeros
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""
@@ -71,8 +78,12 @@ class Tokeniser:
         tokens = {name: np.zeros((len(texts), longest), dtype=np.int64) for name in self._names}
         tokens["input_ids"][:] = self._pad_id
         for row, encoding in enumerate(encodings):
-            tokens["input_ids"][row, : len(encoding.ids)] = encoding.ids
-            tokens["attention_mask"][row, : len(encoding.ids)] = 1
+            length = len(encoding.ids)
+            place = slice(longest - length, None) if self._pad_left else slice(length)
+            tokens["input_ids"][row, place] = encoding.ids
+            tokens["attention_mask"][row, place] = 1
+            if self._typed:
+                tokens["token_type_ids"][row, place] = encoding.type_ids
         return tokens
 
     def dropped(self, text: str) -> int:
@@ -105,6 +116,10 @@ def load(folder: Path | str) -> Artefact:
         # What will be opened must be among the files just checked.
         model_file = manifest["model_file"]
         opened = {"config.json", "tokenizer.json", model_file, manifest.get("graph", model_file)}
+        if "recheck" in manifest:
+            opened.add(manifest["recheck"]["graph"])
+            if not 0 <= manifest["recheck"]["threshold"] < float("inf"):
+                raise ValueError(f"{MANIFEST} names no usable threshold")
         if manifest["backend"] not in BUILDERS or not opened <= manifest["files"].keys():
             raise ValueError(f"{MANIFEST} names no known backend or model file")
     except FileNotFoundError as error:
@@ -157,49 +172,74 @@ def building(output: Path | str) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends without an exception.
 
     Interrupted or failed builds leave what stood there before. Of two builds at once the later wins, whole.
+    A symbolic link stays one: what it points to is written.
     Raises LabError if `output` holds something that is no artefact, or cannot be written.
     """
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
-        raise LabError(f"{output} exists and is no artefact folder: choose another --output")
-    remove_stale(output)
-    temporary = output.with_name(f".{output.name}.new-{os.getpid()}")
+    output = Path(os.path.realpath(output))
+    # Unique beyond process ids, which mean nothing between containers that share a volume.
+    temporary = output.with_name(f".{output.name}.new-{secrets.token_hex(8)}")
     try:
+        if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
+            raise LabError(f"{output} exists and is no artefact folder: choose another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        replace(output, temporary)
+        with contextlib.ExitStack() as alive:
+            with locked(output.parent):  # a folder that is made but not yet locked would look like a dead build's
+                remove_stale(output)
+                temporary.mkdir()
+                alive.enter_context(locked(temporary))
+            yield temporary
+            if interrupted.is_set():  # a library swallowed Ctrl-C
+                raise KeyboardInterrupt
+            with locked(output.parent):
+                replace(output, temporary)
     except OSError as error:
         raise LabError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_stale(output: Path) -> None:
-    """Remove what a killed build left beside `output`; folders of builds still running stay."""
-    for path in output.parent.glob(f".{output.name}.*-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not process_runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder's lock, which the system gives back however a process ends, in every container on the machine.
 
+    Yields whether the lock was got; where the file system knows no locks it is not.
+    """
+    import fcntl
 
-def process_runs(pid: int) -> bool:
-    """Whether a process of that id exists."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        got = True
+    except OSError:
+        got = False
+    try:
+        yield got
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(output: Path) -> None:
+    """Remove what a killed build left beside `output`; folders that a living build holds locked stay."""
+    for path in list(output.parent.iterdir()):
+        if path.name.startswith((f".{output.name}.new-", f".{output.name}.old-")):
+            with contextlib.suppress(OSError), locked(path, wait=False) as dead:
+                if dead:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def replace(output: Path, temporary: Path) -> None:
     """Put `temporary` in the place of `output`. A folder cannot be replaced in one step, so the old one steps aside."""
-    aside = output.with_name(f".{output.name}.old-{os.getpid()}")
+    aside = temporary.with_name(temporary.name.replace(".new-", ".old-"))
     while True:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             output.rename(aside)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            replace_files(output, temporary)
+            return
         try:
             temporary.rename(output)
         except OSError:
@@ -211,6 +251,21 @@ def replace(output: Path, temporary: Path) -> None:
             raise
         shutil.rmtree(aside, ignore_errors=True)
         return
+
+
+def replace_files(output: Path, temporary: Path) -> None:
+    """Replace the files of a mount point, which cannot itself be renamed.
+
+    The manifest goes first and comes last: an artefact without one is refused, so no mixture is ever read.
+    """
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=output) as copied:
+        shutil.copytree(temporary, copied, dirs_exist_ok=True)  # a full disk shows here, and the old artefact stays
+        (output / MANIFEST).unlink(missing_ok=True)
+        for path in output.iterdir():
+            if path.is_file():
+                path.unlink()
+        for path in sorted(Path(copied).iterdir(), key=lambda path: path.name == MANIFEST):
+            path.rename(output / path.name)
 
 
 def seal(folder: Path, classifier, backend: str, precision: str, model_file: str, **details) -> None:
@@ -254,21 +309,28 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def tokenizer_settings(classifier) -> dict:
-    """What running needs beyond tokenizer.json: input names, padding id, maximum length in tokens."""
+    """What running needs beyond tokenizer.json: inputs, padding, truncation, and whether it gives token types."""
+    inputs = classifier.input_names
     return {
-        "inputs": classifier.input_names,
-        "pad_id": classifier.tokenizer.pad_token_id,
+        "inputs": inputs,
+        "typed": "token_type_ids" in inputs and "token_type_ids" in classifier.tokenizer.model_input_names,
+        "pad_id": classifier.pad_id,
+        "padding_side": classifier.tokenizer.padding_side,
         "max_length": max_length(classifier),
+        "truncation_side": classifier.tokenizer.truncation_side,
     }
 
 
 def max_length(classifier) -> int:
-    """The longest sequence, in tokens, that the lab gives a classifier."""
-    config = classifier.model.config
-    positions = config.max_position_embeddings
-    if config.model_type == "roberta":
-        positions -= config.pad_token_id + 1  # RoBERTa counts positions from the padding id on
-    return min(MAX_TOKENS, positions)
+    """The longest sequence, in tokens, that the lab gives a classifier: its own limit, the tokeniser's or the lab's."""
+    limits = [MAX_TOKENS, classifier.tokenizer.model_max_length]
+    if positions := getattr(classifier.model.config, "max_position_embeddings", None):
+        limits.append(positions)
+    for name, module in classifier.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            # RoBERTa and its kin count positions from the padding id on.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits)
 
 
 def library_versions() -> dict[str, str]:

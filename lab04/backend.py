@@ -15,6 +15,7 @@ class Backend:
 
     name: str
     device: str
+    rechecked: np.ndarray | None = None  # bool [batch] of the last call, where a second graph decides close ones
 
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""

@@ -78,6 +78,8 @@ def pyplot():
     import logging
     import warnings
 
+    # A notebook's inherited back end may not be installed here, and matplotlib's import already refuses its name.
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
 
     matplotlib.use("Agg")

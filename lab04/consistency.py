@@ -46,8 +46,11 @@ def compare(reference_logits: np.ndarray, logits: np.ndarray) -> dict:
     }
 
 
-def check(reference_logits: np.ndarray, logits: np.ndarray) -> dict:
-    """`compare`, and raise LabError if the result is not finite, not of the right shape, or too far from FP32."""
+def check(reference_logits: np.ndarray, logits: np.ndarray, rechecked: bool = False) -> dict:
+    """`compare`, and raise LabError if the result is not finite, not of the right shape, or too far from FP32.
+
+    `rechecked`: no label may differ at all.
+    """
     if logits.shape != reference_logits.shape:
         raise LabError(f"check failed: logits of shape {logits.shape}, FP32 has {reference_logits.shape}")
     if not np.isfinite(logits).all():
@@ -58,5 +61,9 @@ def check(reference_logits: np.ndarray, logits: np.ndarray) -> dict:
             f"check failed: {result['decided_agreement']:.1%} of clear labels kept (at least "
             f"{MIN_DECIDED_AGREEMENT:.0%} wanted), probabilities move by {result['mean_probability_change']:.3f} "
             f"on average (at most {MAX_MEAN_CHANGE} allowed); nothing was written"
+        )
+    if rechecked and result["agreement"] < 1:
+        raise LabError(
+            f"check failed: {1 - result['agreement']:.1%} of labels differ despite the recheck; nothing was written"
         )
     return result

@@ -3,32 +3,44 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, LabError, artefact, backends, classifier, consistency
+from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, interrupted
 
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
+MIN_TEXTS, MAX_TEXTS = 32, 2000  # of a user's; half prepare and half check, and more of them gain nothing
+MAX_UNKNOWN = 0.5  # share of unknown tokens above which a check on such texts says little
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+KNOWN_HEADLINES = 5  # run each time an artefact is opened: milliseconds
 UNDER_MAKE = "LAB_UNDER_MAKE"  # set by the Makefile
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
-def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments all labs have: --model, --output, --threads."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+def argument_parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    """A parser with the arguments all labs have: --model, --labels, --output, --threads."""
+    parser = argparse.ArgumentParser(description=first_line(description))
     parser.add_argument(
         "--model",
         default=classifier.DEFAULT_MODEL,
         help="PEFT adapter folder, model folder or hub id (default: lora-news/adapter)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="a,b,c|FILE",
+        help="names of the model's classes in logit order, or a file with one a line (default: as the model says)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
     parser.add_argument(
@@ -36,6 +48,19 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
         type=positive,
         default=backends.DEFAULT_THREADS,
         help="CPU threads of the check (default: %(default)s)",
+    )
+    return parser
+
+
+def int8_argument_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The parser of the two labs that look at texts while they quantise: with --texts."""
+    parser = argument_parser(description, output)
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="unlabelled texts like those the model will be given, one a line: half prepare the weights, the others "
+        "check the result (default: our English headlines)",
     )
     return parser
 
@@ -55,8 +80,7 @@ def fp32_logits(fp32: classifier.Classifier, texts: list[str]) -> np.ndarray:
     rows = []
     with torch.inference_mode():
         for text in texts:
-            tokens = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32), return_tensors="pt")
-            rows.append(fp32.model(**tokens).logits[0].numpy())
+            rows.append(fp32.model(**fp32.encode([text])).logits[0].numpy())
     return np.stack(rows)
 
 
@@ -93,20 +117,93 @@ def test_texts() -> list[str]:
     return [row["text"] for row in read_rows(TEST_HEADLINES)]
 
 
-def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a user's for preparing and for checking, and what the manifest says of them; None: our headlines."""
+
+    prepare: list[str] | None
+    check: list[str]
+    record: dict
+
+
+def choose_texts(file: Path | None) -> Texts:
+    """Our headlines, or a user's texts, every other one for the check. Raises LabError if there are too few."""
+    if file is None:
+        return Texts(None, test_texts(), {"file": "the lab's own headlines"})
+    texts = read_texts(file)
+    if len(texts) < MIN_TEXTS:
+        raise LabError(
+            f"{file} has {len(texts)} different texts: at least {MIN_TEXTS} are needed, better some hundreds"
+        )
+    texts = texts[:MAX_TEXTS]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    prepare, check = texts[::2], texts[1::2]
+    record = {"file": file.name, "sha256": digest, "prepared": len(prepare), "checked": len(check)}
+    return Texts(prepare, check, record)
+
+
+def read_texts(file: Path) -> list[str]:
+    """The different texts of a file, one a line, in its order. Raises LabError if it cannot be read as UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise LabError(f"cannot read {file}: {reason}") from error
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def unknown_share(fp32: classifier.Classifier, texts: list[str]) -> float:
+    """Share (0..1) of the tokens of some texts that the tokeniser does not know; special tokens do not count."""
+    unknown = fp32.tokenizer.unk_token_id
+    ids = [number for text in texts for number in fp32.tokenizer(text, add_special_tokens=False).input_ids]
+    return ids.count(unknown) / len(ids) if ids and unknown is not None else 0.0
+
+
+def check_against_fp32(folder: Path, fp32: classifier.Classifier, threads: int, own: Texts | None = None) -> dict:
     """Run the sealed artefact in `folder` as `predict.py` will, and compare it with FP32 on our test headlines.
 
-    Returns the figures of `consistency.check`. Raises LabError if they are out of bounds.
+    On texts of the user's in place of ours if there are. Returns the figures of `consistency.check` and the share of
+    unknown tokens. Raises LabError if they are out of bounds.
     """
-    texts = test_texts()
+    texts = own.check if own else test_texts()
     built = artefact.load(folder)
     tokenise, backend = artefact.Tokeniser(built), backends.open_backend(built, threads)
-    result = consistency.check(fp32_logits(fp32, texts), np.concatenate([backend.logits(tokenise([t])) for t in texts]))
+
+    def run(texts):
+        return np.concatenate([backend.logits(tokenise([text])) for text in texts])
+
+    reference, logits = fp32_logits(fp32, texts), run(texts)
+    result = consistency.check(reference, logits, rechecked="recheck" in built.manifest)
     print(
         f"   {result['headlines']} headlines: {result['agreement']:.1%} same label as FP32, "
         f"largest probability change {result['max_probability_change']:.3f}"
     )
-    return result
+    unknown = unknown_share(fp32, texts)
+    if unknown > MAX_UNKNOWN:
+        print(
+            f"   {unknown:.0%} of the tokens of these texts are unknown to the tokeniser: they say little about this "
+            "model. Give texts like those it will read with --texts FILE",
+            file=sys.stderr,
+        )
+    if own and own.prepare:  # a user's texts may be private, and an artefact travels: the known ones are ours
+        texts = test_texts()
+        reference, logits = fp32_logits(fp32, texts), run(texts)
+    known = known_headlines(texts, reference, logits)
+    return {**result, "unknown_tokens": round(unknown, 4), "known_headlines": known}
+
+
+def known_headlines(texts: list[str], reference: np.ndarray, logits: np.ndarray) -> list[dict]:
+    """The clearest headlines of up to five labels with their FP32 logits, for a check wherever the artefact is opened.
+
+    reference, logits: float32 [texts, labels], FP32 and quantised; only headlines on which both agree are chosen.
+    """
+    probabilities = np.sort(consistency.softmax(reference), axis=1)
+    clearest = np.argsort(probabilities[:, -2] - probabilities[:, -1], kind="stable")
+    chosen: dict[int, int] = {}  # label to headline
+    for index in clearest.tolist():
+        if logits[index].argmax() == reference[index].argmax() and len(chosen) < KNOWN_HEADLINES:
+            chosen.setdefault(int(reference[index].argmax()), index)
+    return [{"text": texts[i], "fp32_logits": reference[i].astype(float).round(4).tolist()} for i in chosen.values()]
 
 
 def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None:
@@ -135,22 +232,93 @@ def as_run_here(message: str) -> str:
     return re.sub(r"(?<!-m )(?<![\w/-])pip (?=(?:un)?install)", lambda _: f"{python} -m pip ", message)
 
 
+def first_line(docstring: str | None) -> str | None:
+    """What a script's docstring says it is, if Python kept it: `python -OO` does not."""
+    return docstring and docstring.splitlines()[0]
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code."""
     path = Path(sys.argv[0])
     script = path.parent.name if path.name == "__main__.py" else path.name
+    open_console()
+    message, code = None, 0
     try:
-        main()
+        with remembering_interrupts():
+            main()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            sys.stdout.flush()  # what cannot be written must be noticed while it can still be told
     except LabError as error:
-        print(as_run_here(f"{script}: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        message, code = str(error), error.exit_code
     except ModuleNotFoundError as error:
-        message = f"{script}: {error.name} is not installed: pip install -r requirements.txt"
-        print(as_run_here(message), file=sys.stderr)
-        sys.exit(2)
+        message, code = f"{error.name} is not installed: pip install -r requirements.txt", 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted, nothing was changed", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        message, code = "interrupted, nothing was changed", INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush fails aloud
-        sys.exit(READER_GONE)
+        code = READER_GONE
+    except OSError as error:
+        if error.filename is not None:  # files are read and written with messages of their own
+            raise
+        message, code = f"cannot write to standard output: {error.strerror}", 2
+    finally:
+        close_console(script, message and as_run_here(message))
+    if code:
+        sys.exit(code)
+
+
+def open_console() -> None:
+    """Make stdout and stderr take anything: no character ends a run, and closed ones become the null device."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Python found it closed. Left so, the next file that is opened would get its number, and all C++ prints.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def close_console(script: str, message: str | None) -> None:
+    """Say the last line on stderr. A stream that takes no more gets the null device, or Python's own flush fails."""
+    with contextlib.suppress(OSError):
+        if message:
+            print(f"{script}: {message}", file=sys.stderr)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if not can_flush(stream):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, number)
+            os.close(nothing)
+
+
+def can_flush(stream) -> bool:
+    """Whether a stream takes what was printed to it."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def remembering_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt as ever, and also set `lab04.interrupted`, which no `except` can swallow."""
+
+    def interrupt(*_):
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        interrupted.clear()
+        if ours:
+            signal.signal(signal.SIGINT, before)

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     add = parser.add_argument
     add("--ag-news", default="fancyzhx/ag_news", help="hub id, or a CSV with label,title[,description]")
     add("--headlines", type=Path, default=HERE / "headlines" / "train.csv", help="our training CSV, text,label")

@@ -5,9 +5,11 @@ A random head leaves all labels equally likely, and any rounding would then chan
 """
 
 import csv
+import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -157,6 +159,14 @@ def write_adapter(folder: Path, base: Path, seed: int = 1) -> Path:
     network.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def copy_model(source: Path, target: Path, **config) -> Path:
+    """Copy a model folder, with changes to its config.json."""
+    shutil.copytree(source, target)
+    path = target / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -56,13 +56,13 @@ def test_formats(tmp_path, name, content):
     [
         ("label.csv", b"text,label\nA,World\nB,Weather\n", "line 3: label 'Weather' is not one of the model's: World"),
         ("class.csv", b"4,A,B\n", "line 1: label 'Sci/Tech'"),
-        ("empty.csv", b"", "names no columns"),
+        ("empty.csv", b"", "no column text"),
         ("header-only.csv", b"text,label\n", "no headlines"),
-        ("columns.csv", b"headline,topic\nA,World\n", "names no columns text,label"),
-        ("short.csv", b"text,label\nA\n", "line 2 has 1 of 2 columns"),
-        ("blank.csv", b"text,label\n ,World\n", "line 2: empty headline"),
-        ("quote.csv", b'text,label\n"A,World\n', "cannot read"),
-        ("latin.csv", b"text,label\nCaf\xe9,World\n", "cannot read"),
+        ("columns.csv", b"subject,topic\nA,World\n", "no column text"),
+        ("short.csv", b"text,label\nA\n", "line 2 has 1 cells"),
+        ("blank.csv", b"text,label\n ,World\n", "has no headlines"),
+        ("quote.csv", b'text,label\n"A,World\n', "line 2"),
+        ("latin.csv", b"text,label\nCaf\xe9,World\n", "is not UTF-8"),
         ("rows.jsonl", b'{"text": "A", "label": "World"}\n{"text": "B"}\n', "line 2"),
         ("rows.jsonl", b"not json\n", "line 1"),
     ],
@@ -377,9 +377,7 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
-def test_readme_says_what_was_measured():
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("no README.md yet")
-    text = path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", tables.FILES)
+def test_documents_say_what_was_measured(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.fill(text, ROOT / "results") == text, "run python -m benchmark --readme"

@@ -33,3 +33,9 @@ def test_no_import_runs_in_a_circle():
     files = [path for path in LAB + BENCHMARK if path.name != "__init__.py"]
     graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in files}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the circle
+
+
+def test_the_readme_is_read_in_one_sitting():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160 and len(text.encode()) <= 12_000
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 110, "a table fits a terminal"

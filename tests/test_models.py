@@ -7,13 +7,12 @@ rounded to 7 bits and their inputs to 8 is a second, independent reading of what
 import copy
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
-from conftest import HEADLINES, POSITIONS, run_benchmark, run_in_process, run_script, training_texts
+from conftest import HEADLINES, POSITIONS, copy_model, run_benchmark, run_in_process, run_script, training_texts
 
-from lab04 import artefact, backends, classifier, consistency, lab, preparation
+from lab04 import LabError, artefact, backends, classifier, consistency, lab, preparation
 
 MODELS = [("bert", 9), ("distilbert", 2), ("roberta", 20), ("minilm", 100), ("electra", 9), ("adapter", 9)]
 INT8 = ["torch", "onnx"]
@@ -161,6 +160,7 @@ def test_models_own_length_limit_counts(artefact_folder):
 
 def test_predict_takes_every_model(model, artefact_folder, capfd):
     folders = [artefact_folder(backend, *model) for backend in INT8]
+    capfd.readouterr()  # what the labs printed, if this test was the first to need them
     assert run_in_process("predict.py", "--json", "--artefacts", *folders, "--", *HEADLINES) == 0
     records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [record["text"] for record in records] == HEADLINES
@@ -196,6 +196,33 @@ def test_benchmark_takes_a_model_of_another_class_count(artefact_folder, model_f
     assert list((tmp_path / "results").rglob("results.json"))
 
 
+# --- A user's own texts ------------------------------------------------------------------------------------
+
+
+def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(training_texts()[:101]), encoding="utf-8")
+    arguments = "--model", model_folder("bert", 9), "--texts", tmp_path / "texts.txt", "--output", tmp_path / "built"
+    assert run_in_process("lab04-torch.py", *arguments) == 0
+    manifest = artefact.load(tmp_path / "built").manifest
+    assert manifest["texts"]["file"] == "texts.txt"
+    assert (manifest["texts"]["prepared"], manifest["texts"]["checked"]) == (51, 50)
+    assert manifest["check"]["headlines"] == 50
+
+
+def test_too_few_texts_are_refused(tmp_path):
+    (tmp_path / "texts.txt").write_text("The same\n" * 100)
+    with pytest.raises(LabError, match="1 different"):
+        lab.choose_texts(tmp_path / "texts.txt")
+    with pytest.raises(LabError, match="cannot read"):
+        lab.choose_texts(tmp_path / "none.txt")
+
+
+def test_texts_the_tokeniser_does_not_know_are_counted(model_folder):
+    fp32 = classifier.load(str(model_folder("bert", 9)))
+    assert lab.unknown_share(fp32, ["数字 数字", "学校"]) > lab.MAX_UNKNOWN
+    assert lab.unknown_share(fp32, HEADLINES) == 0
+
+
 # --- Models that are refused ------------------------------------------------------------------------------
 
 
@@ -212,20 +239,15 @@ def refused(capsys, tmp_path):
     return run
 
 
-def copy_model(source, target, **config):
-    shutil.copytree(source, target)
-    path = target / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    return target
-
-
 @pytest.mark.parametrize(
     "config, reason",
     [
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "unnamed labels"),
         ({"problem_type": "multi_label_classification"}, "multi-label"),
+        ({"problem_type": "regression"}, "regression"),
         ({"id2label": {"0": "only"}}, "at least 2"),
-        ({"model_type": "gpt2"}, "type 'gpt2'"),
+        ({"model_type": "gpt2"}, "missing"),  # none of its weights are there
+        ({"model_type": "vit"}, "no sequence classifier"),
         ({"model_type": "no such type"}, "cannot load"),
         ({"id2label": {str(i): f"topic {i}" for i in range(3)}}, "cannot load"),  # the head has two rows
     ],

@@ -239,12 +239,12 @@ def test_empty_headline_and_file(rejected, tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
 
 
-def test_empty_cell_of_a_csv_names_its_line(predict, tmp_path):
-    (tmp_path / "blank.csv").write_text("text,label\nA headline,topic 1\n ,topic 2\n")
+def test_a_blank_cell_does_not_end_a_run(predict, tmp_path):
+    (tmp_path / "blank.csv").write_text("text;Label\nA headline;Topic 1\n ;topic 2\n")
     result = predict("--json", "--file", tmp_path / "blank.csv")
-    assert result.returncode == 2
-    assert len(result.stdout.splitlines()) == 1  # what was done before it stays
-    assert "line 3 is empty" in result.stderr
+    assert result.returncode == 0
+    assert [json.loads(line)["label"] for line in result.stdout.splitlines()] == ["topic 1"]
+    assert "1 blank headline skipped" in result.stderr
 
 
 def test_unreadable_files(rejected, tmp_path):
@@ -258,10 +258,10 @@ def test_unreadable_files(rejected, tmp_path):
 
 
 def test_csv_without_text_column(rejected, tmp_path):
-    (tmp_path / "wrong.csv").write_text("headline,label\nA headline,topic 1\n")
-    assert "no column 'text'" in rejected("--file", tmp_path / "wrong.csv")
+    (tmp_path / "wrong.csv").write_text("topic,label\nA headline,topic 1\n")
+    assert "no column text" in rejected("--file", tmp_path / "wrong.csv")
     (tmp_path / "none.csv").write_text("")
-    assert "no column 'text'" in rejected("--file", tmp_path / "none.csv")
+    assert "no column text" in rejected("--file", tmp_path / "none.csv")
 
 
 def test_unknown_label(rejected, tmp_path):

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -137,6 +138,7 @@ int main(int count, char** arguments) try {
     std::string manifest = read(folder + "/manifest.json"), key = "\"max_length\":";
     size_t longest = std::stoul(manifest.substr(manifest.find(key) + key.size()));
 
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // read when the environment is made; a user's own setting wins
     OrtEnv* environment;
     OrtSessionOptions* options;
     OrtSession* session;

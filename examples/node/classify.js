@@ -11,7 +11,9 @@ import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Tokenizer } from "@huggingface/tokenizers";
-import ort from "onnxruntime-node";
+
+process.env.ORT_DISABLE_TELEMETRY ??= "1"; // read when ONNX Runtime is loaded, so it is imported after this line
+const { default: ort } = await import("onnxruntime-node");
 
 const HEADLINES = [
   "Cybersecurity breach exposes NHS patient records",

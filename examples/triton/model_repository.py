@@ -2,7 +2,7 @@
 
     python examples/triton/model_repository.py                 # the lab's own artefacts -> model-repository/
     python examples/triton/model_repository.py --artefacts my-onnx my-tensorrt --output /srv/models
-    tritonserver --model-repository model-repository
+    ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository model-repository
 
 One model an artefact, named after its folder: ONNX Runtime's back end for an ONNX file, TensorRT's for an engine.
 Clients send token ids made with the artefact's tokenizer.json, which lies beside the model, and get logits.
@@ -40,7 +40,7 @@ dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     parser.add_argument("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="default: the lab's ONNX and FP16")
     parser.add_argument("--output", type=Path, default=Path("model-repository"), help="default: %(default)s")
     arguments = parser.parse_args()
@@ -52,7 +52,8 @@ def main() -> None:
     except OSError as error:
         raise LabError(f"cannot write {arguments.output}: {error.strerror or error}") from error
     print(f"Wrote {arguments.output}")
-    print(f"Next: tritonserver --model-repository {arguments.output}")
+    # The server is a process of its own, and its ONNX Runtime reads the variable there.
+    print(f"Next: ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository {arguments.output}")
 
 
 def write_model(item: artefact.Artefact, folder: Path) -> None:

@@ -1,0 +1,82 @@
+"""The ONNX graph in its fastest form: right, portable, and left so by the session; batches in parts."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import training_texts
+
+from benchmark import profile, results
+from lab04 import artefact, backends, classifier, lab, onnx_graph
+
+
+def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_path):
+    built = artefact.load(artefact_folder("onnx", "minilm"))
+    shipped = onnx.load(built.model_file).graph
+    assert {node.domain for node in shipped.node} <= {"", "com.microsoft"}, "any language's ONNX Runtime runs it"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as-run.onnx")
+    onnxruntime.InferenceSession(str(built.model_file), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "as-run.onnx").graph.node)
+    assert kinds["SkipLayerNormalization"] == 0, "four times as slow as its parts"
+    assert kinds["LayerNormalization"] == 5 and kinds["QAttention"] == 2 and kinds["FastGelu"] == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_the_fused_fp32_graph_gives_the_models_logits(family, model_folder, tmp_path):
+    fp32 = classifier.load(str(model_folder(family, 9)))
+    graph = onnx_graph.fuse(lab.export_onnx(fp32.model, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    texts = training_texts()[:12]
+    reference = lab.fp32_logits(fp32, texts)
+    padded = dict(fp32.tokenizer(texts, padding=True, truncation=True, max_length=60, return_tensors="np"))
+    inputs = {item.name: padded[item.name].astype(np.int64) for item in session.get_inputs()}
+    assert np.abs(session.run(None, inputs)[0] - reference).max() < 1e-4
+
+
+def test_a_large_batch_runs_in_parts_that_lose_nothing():
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 30, size=50)
+    ids = np.zeros((50, 40), dtype=np.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = random.integers(1, 1000, size=length)
+    tokens = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+    shapes = []
+
+    def run(part):
+        shapes.append(part["input_ids"].shape)
+        return (part["input_ids"] * part["attention_mask"]).sum(axis=1, keepdims=True).astype(np.float32)
+
+    assert np.array_equal(backends.in_parts(run, tokens), run(tokens))
+    assert sum(rows for rows, _ in shapes[:-1]) == 50 and max(rows for rows, _ in shapes[:-1]) <= backends.PART
+    assert sum(rows * width for rows, width in shapes[:-1]) < 1.3 * lengths.sum(), "little of it is padding"
+
+
+def test_padding_on_the_left_stays_as_positions_depend_on_it():
+    tokens = {"input_ids": np.tile(np.array([0, 0, 5, 6]), (20, 1))}
+    tokens["attention_mask"] = (tokens["input_ids"] > 0).astype(np.int64)
+    widths = []
+    backends.in_parts(lambda part: widths.append(part["input_ids"].shape[1]) or part["input_ids"], tokens)
+    assert set(widths) == {4}
+
+
+def test_batches_give_each_headline_its_own_label(artefact_folder):
+    for backend in ("torch", "onnx"):
+        built = artefact.load(artefact_folder(backend))
+        tokenise = artefact.Tokeniser(built)
+        with backends.open_backend(built) as runtime:
+            single = np.concatenate([runtime.logits(tokenise([text])) for text in training_texts()[:40]])
+            batch = runtime.logits(tokenise(training_texts()[:40]))
+        assert np.abs(batch - single).max() < 0.25 * np.ptp(single)
+        assert (batch.argmax(1) == single.argmax(1)).mean() > 0.9
+
+
+def test_the_profile_names_what_takes_the_time(artefact_folder, tmp_path, capsys):
+    profile.run([artefact_folder("torch"), artefact_folder("onnx")], threads=1, output=tmp_path)
+    [folder] = tmp_path.iterdir()
+    torch_us, onnx_us = (row["operators_us"] for row in results.load(folder)["backends"].values())
+    assert "quantized::linear_dynamic" in torch_us and "DynamicQuantizeMatMul" in onnx_us
+    assert all(us >= 0 for us in (*torch_us.values(), *onnx_us.values()))
+    assert "QAttention" in capsys.readouterr().out and (folder / "operators.png").exists()
