@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_benchmark
 
 from benchmark import __main__ as benchmark
-from benchmark import environment, peers, results, run, steps, tables, worker
+from benchmark import charts, environment, peers, results, run, steps, tables, worker
 from benchmark.process import Process
 from lab04 import LabError, artefact, backends, headlines, lab, preparation
 from lab04.backend import Unavailable
@@ -138,7 +138,7 @@ def test_results_know_their_origin(quick_run, model_folder, artefact_folder):
 
 def test_files_of_a_run(quick_run):
     process, folder = quick_run
-    for name in ("speed-up", "latency", "throughput", "size", "confusion", "reliability"):
+    for name in ("overview", "speed-up", "latency", "throughput", "size", "confusion", "reliability"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     with (folder / "latency.csv").open() as file:
         samples = list(csv.DictReader(file))
@@ -162,10 +162,32 @@ def test_redraw_gives_the_same_results(quick_run, tmp_path):
     assert results.load(copy) == results.load(quick_run[1])
 
 
-def test_redraw_needs_a_journal(tmp_path):
+def test_committed_results_are_drawn_again_without_a_journal(quick_run, tmp_path):
+    shutil.copy(quick_run[1] / results.RESULTS, tmp_path)
+    assert run_benchmark("--redraw", tmp_path).returncode == 0
+    assert (tmp_path / "overview.png").read_bytes() == (quick_run[1] / "overview.png").read_bytes()
+
+
+def test_redraw_needs_results(tmp_path):
     process = run_benchmark("--redraw", tmp_path)
     assert process.returncode == 2
-    assert process.stderr.count("\n") == 1 and "no journal.jsonl" in process.stderr
+    assert process.stderr.count("\n") == 1 and "no readable" in process.stderr
+
+
+def test_no_name_of_the_overview_covers_another():
+    import matplotlib.pyplot as plt
+
+    rows = {}
+    for place in range(12):  # all but on one spot
+        row = {"name": f"Backend {place}", "precision": "INT8", "group": "peer", "colour": "#BBBBBB", "model_mb": 23.0}
+        row |= {"latency": {"1": {"p50_ms": 4 + 0.05 * place}}, "consistency": {"changed": place}}
+        rows[str(place)] = row | {"quality": {"headlines": 1000}}
+    figure = charts.draw_overview(charts.pyplot(), rows, ["1"], {})
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    plt.close(figure)
 
 
 # --- Interruptions, in this process for speed -------------------------------------------------------------
