@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_benchmark
 
 from benchmark import __main__ as benchmark
-from benchmark import charts, environment, peers, results, run, steps, tables, worker
+from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
 from benchmark.process import Process
 from lab04 import LabError, artefact, backends, headlines, lab, preparation
 from lab04.backend import Unavailable
@@ -403,3 +403,25 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
 def test_documents_say_what_was_measured(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.fill(text, ROOT / "results") == text, "run python -m benchmark --readme"
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------
+
+
+def test_whole_numbers_are_those_the_runtime_computes():
+    import torch
+
+    values = np.random.default_rng(0).normal(0.3, 1, 500).astype(np.float32)
+    codes, scale, zero_point = pictures.to_bytes(values)
+    theirs = torch.quantize_per_tensor_dynamic(torch.from_numpy(values), torch.quint8, reduce_range=False)
+    assert (scale, zero_point) == (pytest.approx(theirs.q_scale()), theirs.q_zero_point())
+    assert np.abs(codes - theirs.int_repr().numpy()).max() <= 1  # a tie may fall to either side
+    assert np.abs(scale * (codes - zero_point) - values).max() <= scale / 2 + 1e-6
+
+
+def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "EVERY", 500)
+    monkeypatch.setattr(sys, "argv", ["pictures", "--model", str(model_folder("bert", 9)), "--output", str(tmp_path)])
+    pictures.main()
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
