@@ -55,7 +55,9 @@ def save_confidence_chart(
 def choose_labels(probabilities: list[np.ndarray], right: int | None) -> list[int]:
     """Indices of the labels in any backend's top five, and of the right one, by mean score, largest first."""
     mean = np.mean(probabilities, axis=0)
-    found = {index for scores in probabilities for index in top(scores)} | ({right} - {None})
+    found = {index for scores in probabilities for index in top(scores)}
+    if right is not None:
+        found.add(right)
     return sorted(found, key=lambda index: (-mean[index], index))
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import cpuinfo
 import numpy as np
 import pytest
 from conftest import ROOT, run_benchmark
@@ -354,17 +355,14 @@ def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
 # --- Machine and README -----------------------------------------------------------------------------------
 
 
-def test_cpu_is_named_by_generation(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
-        "model name\t: AMD EPYC 9R14 96-Core Processor\nflags\t\t: avx2 avx512_vnni\n\nprocessor\t: 1\n"
-    )
-    assert environment.read_cpu(cpuinfo) == {"name": "AMD EPYC 9R14 Zen4", "flags": ["avx2", "avx512_vnni"]}
-    cpuinfo.write_text(
-        "vendor_id : GenuineIntel\nmodel name : Intel(R) Xeon(R) CPU E5-2670 v3 @ 2.30GHz\nflags : avx2\n"
-    )
-    assert environment.read_cpu(cpuinfo)["name"] == "Intel Xeon E5-2670 v3"
+def test_cpu_is_named_by_generation(monkeypatch):
+    virtual = {"vendor_id_raw": "AuthenticAMD", "family": 25, "model": 17, "flags": ["avx2", "avx512_vnni"]}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: virtual | {"brand_raw": "AMD EPYC 9R14 96-Core Processor"})
+    assert environment.read_cpu() == {"name": "AMD EPYC 9R14 Zen4", "flags": ["avx2", "avx512_vnni"]}
+    intel = {"vendor_id_raw": "GenuineIntel", "brand_raw": "Intel(R) Xeon(R) CPU E5-2670 v3 @ 2.30GHz"}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: intel)
+    assert environment.read_cpu()["name"] == "Intel Xeon E5-2670 v3"
+    assert environment.strongest(["AVX2", "AVX-512", "AVX512-VNNI", "AVX512-BF16"]) == "AVX512-VNNI"
     here = {"cpu": "AMD EPYC Zen4", "gpu": None, "cores": 2}
     assert environment.folder_name(here, "bert-base") == "amd-epyc-zen4-2-cores-bert-base"
 
@@ -425,3 +423,14 @@ def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch
     pictures.main()
     names = [path.name for path in sorted(tmp_path.iterdir())]
     assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
+
+
+def test_correct_labels_are_those_predict_printed(tmp_path):
+    (tmp_path / "cpu-2-cores").mkdir()
+    (tmp_path / "cpu-2-cores" / "make-lab.txt").write_text(
+        "[ONNX Quantised]: a\n\nSummary: 3 headlines, 1 of 2 of something\nBackend         Correct\n"
+        "ONNX Quantised  INT8  23.2  2 of 3  99%\nTensorRT's graph on the CPU  FP16  3 of 3\n"
+    )
+    found = {"ONNX Quantised": "2/3", "TensorRT's graph on the CPU": "3/3"}
+    assert tables.correct_of_three(tables.printed(tmp_path, "cpu-2-cores-real-headlines")) == found
+    assert tables.printed(tmp_path, "other-2-cores") == ""

@@ -360,9 +360,8 @@ def test_commands_in_messages_work_as_they_stand(monkeypatch, tmp_path):
         "run .venv/bin/python -m pip install -r a.txt && .venv/bin/python lab04-nvidia.py; "
         "a python of theirs, python3 -m pip install b"
     )
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert lab.as_run_here("python -m benchmark") == f"{tmp_path}/.venv/bin/python -m benchmark"
 
 
