@@ -97,7 +97,7 @@ def describe_commit() -> dict | None:
 
     try:
         # Results of earlier runs are no part of what is measured.
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md", ":!docs")
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes.strip())}
     except (OSError, subprocess.SubprocessError):
         return None

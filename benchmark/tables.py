@@ -62,7 +62,7 @@ def value(measured: dict, path: str) -> str:
         return format(found, form)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise LabError(
-            f"README.md asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
+            f"the text asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
         ) from error
 
 
@@ -82,7 +82,9 @@ def correct_of_three(output: str) -> dict[str, str]:
 
 
 def excerpt(measured: dict) -> str:
-    """The first headline as `predict.py` printed it, of its first backend."""
+    """The first headline as `predict.py` printed it, of its first backend. Raises LabError if that was not kept."""
+    if "\nPredicting: " not in measured["printed"]:
+        raise LabError("no make-lab.txt beside these results: keep there what `make lab` prints")
     paragraphs = measured["printed"].partition("\nPredicting: ")[2].split("\n\n")
     return "\n\n".join(["```\nPredicting: " + paragraphs[0], *paragraphs[1:2]]) + "\n```"
 
@@ -289,10 +291,7 @@ def original(measured: dict) -> str:
             (row for key, row in measured["backends"].items() if key.startswith(kind) and row["group"] == "lab"), {}
         )
         ours = figure(found.get("latency", {}).get(threads, {}).get("p50_ms"), ".1f")
-        rows.append(
-            [name, str(size), figure(found.get("model_mb"), ".1f"), milliseconds]
-            + [f"{ours} ({found['reason']})" if found.get("reason") else ours, correct]
-        )
+        rows.append([name, str(size), figure(found.get("model_mb"), ".1f"), milliseconds, ours, correct])
     head = ["backend", "size, original (MB)", "size here (MB)", "latency, original (ms)", "p50 here (ms)"]
     return table([*head, "correct, original"], rows)
 

@@ -369,7 +369,7 @@ def test_cpu_is_named_by_generation(monkeypatch):
 
 def test_readme_blocks_are_filled(quick_run):
     root, name = quick_run[1].parent, quick_run[1].name
-    of_a_run = tables.TABLES.keys() - {"ablation"}
+    of_a_run = tables.TABLES.keys() - {"ablation", "excerpt"}
     blocks = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
     text = f"Before\n{blocks}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
     filled = tables.fill(text, root)
@@ -434,3 +434,16 @@ def test_correct_labels_are_those_predict_printed(tmp_path):
     found = {"ONNX Quantised": "2/3", "TensorRT's graph on the CPU": "3/3"}
     assert tables.correct_of_three(tables.printed(tmp_path, "cpu-2-cores-real-headlines")) == found
     assert tables.printed(tmp_path, "other-2-cores") == ""
+
+
+def test_the_excerpt_is_what_was_printed():
+    output = "make\n\nPredicting: 'A'\n\n[One]: a (0)\n  - a 1.0\n\n[Two]: a (0)\n"
+    assert tables.excerpt({"printed": output}) == "```\nPredicting: 'A'\n\n[One]: a (0)\n  - a 1.0\n```"
+    with pytest.raises(LabError, match="make-lab.txt"):
+        tables.excerpt({"printed": ""})
+
+
+def test_results_of_an_earlier_adapter_are_told_apart(quick_run):
+    folder = quick_run[1]
+    assert "(earlier)" in tables.by_cpu(folder.parent), "its random weights are not the shipped ones"
+    assert tables.by_cpu(folder.parent, brief=True).count("\n") == 1, "a head and no row"
