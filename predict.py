@@ -263,7 +263,8 @@ def write_report(
             print_top_five(runner, scores, ms)
         if count <= arguments.charts:
             path = chart_names.next(headline.text)
-            charts.save_confidence_chart(path, headline.text, runners[0].artefact.labels, chart_rows(runners, results))
+            labels, rows = runners[0].artefact.labels, chart_rows(runners, results)
+            charts.save_confidence_chart(path, headline.text, labels, rows, headline.label)
             print(f"\n>> Saved prediction confidence comparison to: {path}")
     if count > arguments.charts:
         print(f"\n(charts for the first {arguments.charts} headlines only: --charts {count} draws them all)")

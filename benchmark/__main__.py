@@ -31,9 +31,11 @@ def main() -> None:
         profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
         return
     if arguments.redraw:
-        if not (arguments.redraw / results.JOURNAL).exists():
-            raise LabError(f"{arguments.redraw} has no {results.JOURNAL}: only the machine that measured can redraw")
-        report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
+        if (arguments.redraw / results.JOURNAL).exists():
+            report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
+        else:  # committed results have no journal, and charts need none
+            for chart in charts.save_all(arguments.redraw, results.load(arguments.redraw)):
+                print(f"Wrote {chart}")
         return
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(arguments, Path(scratch))
@@ -73,7 +75,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="order of backends and choice of headlines (default: 0)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="discard an interrupted run")
-    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="write a run's JSON, CSV and charts again")
+    parser.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="FOLDER",
+        help="draw a run's charts again, where it ran also JSON and CSV",
+    )
     parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
     parser.add_argument("--readme", action="store_true", help="write the tables of README.md and docs/")
     arguments = parser.parse_args()

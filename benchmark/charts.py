@@ -12,6 +12,7 @@ from benchmark import environment, results
 from lab04.charts import COLOURS, pyplot, save
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
+LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 MOST_LABELS = 12  # a confusion matrix of more labels is unreadable at this size
 
 
@@ -23,7 +24,9 @@ def save_all(folder: Path, measured: dict) -> list[Path]:
     timed = {name: row for name, row in rows.items() if any(row["latency"].get(count) for count in threads)}
     scored = {name: row for name, row in rows.items() if row.get("quality")}
     sized = {name: row for name, row in rows.items() if row["model_mb"]}
+    both = {name: row for name, row in timed.items() if row.get("consistency")}
     for file, draw, content in (
+        ("overview.png", draw_overview, both),
         ("speed-up.png", draw_speed_up, timed),
         ("latency.png", draw_latency, timed),
         ("throughput.png", draw_throughput, {name: row for name, row in rows.items() if row["throughput"]}),
@@ -55,8 +58,95 @@ def title(row: dict) -> str:
     return f"{row['name']} {row['precision']}"
 
 
+def draw_overview(plt, rows: dict, threads: list[str], measured: dict):
+    """All in one: time across, labels changed up, size as area; the best place is the lower left."""
+    count = threads[0]
+    rows = {name: row for name, row in rows.items() if count in row["latency"]}
+    headlines = next(iter(rows.values()))["quality"]["headlines"]
+    figure, axes = plt.subplots(figsize=(10, 5.6), layout="constrained")
+    points = []
+    for row in sorted(rows.values(), key=lambda row: -(row["model_mb"] or 0)):  # small discs in front of large ones
+        x, y = row["latency"][count]["p50_ms"], per_thousand(row)
+        ours = row["group"] == "lab"
+        axes.scatter(x, y, s=14 * (row["model_mb"] or 1), color=row["colour"], alpha=0.9 if ours else 0.55, zorder=3)
+        points.append((x, y, row, ours))
+    axes.set_xscale("log")
+    low, high = min(x for x, *_ in points), max(x for x, *_ in points)
+    axes.set_xlim(low / 1.25, high * 1.6)
+    top = max(y for _, y, *_ in points) or 1
+    axes.set_ylim(-0.12 * top, 1.14 * top)
+    ticks = [
+        tick for tick in (0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500) if low / 1.3 < tick < high * 1.6
+    ]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(
+        f"milliseconds a headline (median, {count} thread{'s' * (count != '1')}, logarithmic): left is faster"
+    )
+    axes.set_ylabel(f"labels changed per 1,000 headlines\n(against FP32, {headlines:,} headlines)")
+    axes.grid(color="#EEEEEE", zorder=0)
+    axes.set_title("What quantisation buys and costs: lower left is best; area = size of the model file", loc="left")
+    tidy([axes])
+    place_names(figure, axes, points)
+    return figure
+
+
+def place_names(figure, axes, points: list[tuple]) -> None:
+    """Name every point beside it, ours first and in bold, where the name covers neither a point nor another name."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # the layout decides where everything is
+    pixels = figure.dpi / 72
+    taken = []
+    for x, y, row, _ in points:
+        centre, radius = axes.transData.transform((x, y)), pixels * np.sqrt(14 * (row["model_mb"] or 1) / np.pi)
+        taken.append(Bbox([centre - radius, centre + radius]))
+    discs = dict(zip((id(row) for *_, row, _ in points), taken, strict=True))
+    spots = [(side, step) for step in range(9) for side in ("right", "left", "above", "below")]
+    for x, y, row, ours in sorted(points, key=lambda point: not point[3]):
+        disc, words = discs[id(row)], f"{title(row)}, {row['model_mb']:.0f} MB"
+        for side, step in spots:
+            away = offset(side, step, disc.width / 2 / pixels)
+            name = axes.annotate(
+                words,
+                (x, y),
+                away,
+                textcoords="offset points",
+                ha={"right": "left", "left": "right"}.get(side, "center"),
+                va="center",
+                fontsize=10 if ours else 8.5,
+                color=row["colour"] if ours else "#333333",
+                weight="bold" if ours else "normal",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},  # over other names' lines
+                zorder=5,
+            )
+            box = name.get_window_extent().padded(1)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                if step:  # too far off to be taken for the disc's own
+                    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7}
+                    axes.annotate("", (x, y), away, textcoords="offset points", arrowprops=line, zorder=4)
+                break
+            name.remove()  # and after the last spot there is no room: a name over another makes both unreadable
+
+
+def offset(side: str, step: int, radius: float) -> tuple[float, float]:
+    """Points from a disc's centre to its name: beside it, or with `step` further up or down in turn."""
+    away = (radius + 4, 0) if side == "right" else (-radius - 4, 0)
+    rise = 11 * ((step + 1) // 2) * (1 if step % 2 else -1)
+    if side in ("above", "below"):
+        return 0, (radius + 8 + 11 * step) * (1 if side == "above" else -1)
+    return away[0], rise
+
+
+def per_thousand(row: dict) -> float:
+    """Labels changed against FP32 per 1,000 headlines."""
+    return 1000 * row["consistency"]["changed"] / row["quality"]["headlines"]
+
+
 def draw_speed_up(plt, rows: dict, threads: list[str], measured: dict):
-    """Left: times faster than FP32 PyTorch, with interval; right: labels that agree with it, on the same lines."""
+    """Left: times faster than FP32 PyTorch, with interval; right: labels changed against it, on the same lines."""
     close = {name: row["consistency"] for name, row in rows.items() if row.get("consistency")}
     figure, axes = plt.subplots(
         1, 1 + bool(close), figsize=(10, 1.6 + 0.42 * len(rows)), sharey=True, layout="constrained", squeeze=False
@@ -83,14 +173,13 @@ def draw_speed_up(plt, rows: dict, threads: list[str], measured: dict):
     axes[0, 0].set_title(f"Speed, batch 1, {count} thread{'s' * (count != '1')}", loc="left", fontsize=10)
     axes[0, 0].invert_yaxis()
     if close:
-        shares = [100 * close[name]["agreement"] if name in close else 0 for name in rows]
-        bars = axes[0, 1].barh(places, shares, color=[row["colour"] for row in rows.values()])
-        axes[0, 1].bar_label(bars, [f"{share:.2f} %" for share in shares], padding=3, fontsize=8)
-        axes[0, 1].set_xlim(0, 118)
-        axes[0, 1].set_xticks(range(0, 101, 20))
+        changed = [per_thousand(row) if name in close else 0 for name, row in rows.items()]
+        bars = axes[0, 1].barh(places, changed, color=[row["colour"] for row in rows.values()])
+        axes[0, 1].bar_label(bars, [f"{number:.1f}" for number in changed], padding=3, fontsize=8)
+        axes[0, 1].set_xlim(0, 1.18 * max([*changed, 1]))
         headlines = next(iter(rows.values()))["quality"]["headlines"]
-        axes[0, 1].set_xlabel("headlines with the same label (%)")
-        axes[0, 1].set_title(f"Agreement with FP32, {headlines} headlines", loc="left", fontsize=10)
+        axes[0, 1].set_xlabel("labels changed per 1,000 headlines")
+        axes[0, 1].set_title(f"Cost, against FP32 on {headlines:,} headlines", loc="left", fontsize=10)
     tidy(axes.flat)
     return figure
 
@@ -131,31 +220,65 @@ def draw_latency(plt, rows: dict, threads: list[str], _measured: dict):
 
 
 def draw_throughput(plt, rows: dict, threads: list[str], _measured: dict):
-    """Headlines per second over batch size; greys are told apart by their markers."""
-    figure, axes = plt.subplots(1, len(threads), figsize=(10, 4.8), sharey=True, layout="constrained", squeeze=False)
-    markers = "osD^vP*X<>hd"
+    """Headlines per second over batch size; each line has its name at its end, and greys a line style each."""
+    figure, axes = plt.subplots(1, len(threads), figsize=(10, 5.4), sharey=True, layout="constrained", squeeze=False)
+    peers = [name for name, row in rows.items() if row["group"] == "peer"]
+    named = []
     for axis, count in zip(axes.flat, threads, strict=True):
-        for place, row in enumerate(rows.values()):
-            rates = row["throughput"].get(count, {})
-            axis.plot(
-                [int(batch) for batch in rates],
-                list(rates.values()),
-                marker=markers[place % len(markers)],
-                linestyle="--" if row["group"] == "peer" else "-",
-                color=row["colour"],
-                label=title(row),
-            )
+        ends = []
+        for name, row in rows.items():
+            if rates := row["throughput"].get(count, {}):
+                peer = name in peers
+                axis.plot(
+                    [int(batch) for batch in rates],
+                    list(rates.values()),
+                    marker="." if peer else "o",
+                    linestyle=LINES[peers.index(name) % len(LINES)] if peer else "-",
+                    linewidth=1.2 if peer else 2,
+                    color="#888888" if peer else row["colour"],
+                    zorder=2 if peer else 3,
+                )
+                ends.append((list(rates.values())[-1], row))
+        batches = [int(batch) for batch in rates]
         axis.set_xscale("log", base=2)
-        axis.set_xticks([int(batch) for batch in rates], list(rates))
+        axis.set_xticks(batches, batches)
+        axis.minorticks_off()
+        axis.set_xlim(batches[0] / 1.15, batches[-1] * (batches[-1] / batches[0]) ** (0.34 * len(threads)))
         axis.set_xlabel("batch size (headlines, sorted by length)")
         axis.set_title(f"{count} thread{'s' * (count != '1')}", loc="left", fontsize=10)
+        named.append((axis, batches[-1], ends))
     axes[0, 0].set_ylim(bottom=0)  # once all is drawn: it ends the scaling that the panels share
     axes[0, 0].set_ylabel("headlines per second")
     tidy(axes.flat)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
-    )
+    for axis, last, ends in named:
+        name_ends(axis, last, ends)
     return figure
+
+
+def name_ends(axis, x: int, ends: list[tuple[float, dict]]) -> None:
+    """Write each line's name at its right end, moved up where two would touch."""
+    line = 0.042 * axis.get_ylim()[1]  # a line of text in the axis' own unit
+    last = -line
+    for rate, row in sorted(ends, key=lambda end: end[0]):
+        last = max(rate, last + line)
+        ours = row["group"] == "lab"
+        axis.annotate(
+            title(row),
+            (x, rate),
+            (x * 1.5, last),
+            va="center",
+            fontsize=8,
+            color=row["colour"] if ours else "#333333",
+            weight="bold" if ours else "normal",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#BBBBBB",
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def draw_size(plt, rows: dict, _threads: list[str], _measured: dict):

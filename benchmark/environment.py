@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from lab04 import ROOT, artefact
 
@@ -21,7 +20,8 @@ ISA_FLAGS = {
     "asimddp": "dotprod",
     "i8mm": "i8mm",
 }
-# Virtual machines hide the model name ("AMD EPYC"); family and model number still tell the generation.
+# Virtual machines hide the model name ("AMD EPYC"); family and model number still tell the generation, and py-cpuinfo
+# does not know it.
 ZEN = {23: [(0, "Zen1"), (0x30, "Zen2")], 25: [(0, "Zen3"), (0x10, "Zen4"), (0x20, "Zen3"), (0x60, "Zen4")]}
 ZEN[26] = [(0, "Zen5")]
 LIBRARIES = (*artefact.LIBRARIES, "optimum-onnx", "tokenizers", "scikit-learn", "scipy")
@@ -58,21 +58,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
-    """Name and flags of the first CPU, from Linux's cpuinfo or what Python knows."""
-    fields = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    name = fields.get("model name") or platform.processor() or platform.machine()
+def read_cpu() -> dict:
+    """Name, with AMD's generation, and flags of the processor; on ARM the name is often only the architecture's."""
+    import cpuinfo
+
+    info = cpuinfo.get_cpu_info()
+    name = info.get("brand_raw") or platform.processor() or platform.machine()
     name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core|@.*", " ", name)
-    if fields.get("vendor_id") == "AuthenticAMD":
-        model = int(fields["model"])
-        steps = [zen for first, zen in ZEN.get(int(fields["cpu family"]), []) if first <= model]
+    if info.get("vendor_id_raw") == "AuthenticAMD":
+        steps = [zen for first, zen in ZEN.get(info["family"], []) if first <= info["model"]]
         name += " " + "".join(steps[-1:])
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {"name": " ".join(name.split()), "flags": flags}
+    return {"name": " ".join(name.split()), "flags": info.get("flags", [])}
 
 
 def find_gpu() -> str | None:
@@ -101,7 +97,7 @@ def describe_commit() -> dict | None:
 
     try:
         # Results of earlier runs are no part of what is measured.
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md", ":!docs")
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes.strip())}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -118,6 +114,11 @@ def one_line(environment: dict) -> str:
     isa = ", ".join(environment["isa"]) or "no INT8 instructions known"
     gpu = f"; GPU {environment['gpu']}" if environment["gpu"] else ""
     return f"{environment['cpu']}, {environment['cores']} cores, {isa}, {environment['memory_gb']:.0f} GB{gpu}"
+
+
+def strongest(isa: list[str]) -> str:
+    """The instruction set of a processor that decides how fast INT8 is, for a column of a table."""
+    return next((name for name in reversed(ISA_FLAGS.values()) if name in isa and name != "AVX512-BF16"), "no INT8")
 
 
 def stolen_share(before: dict, after: dict) -> float | None:

@@ -1,7 +1,7 @@
 """What each step of the INT8 preparation is worth: `python -m benchmark.steps`.
 
 Quantises with PyTorch several times, each time with one step more, and runs every headline through all of them in
-random order, in one process with one thread. Writes results/HARDWARE-ablation/results.json; README shows it.
+random order, in one process with one thread. Writes results/HARDWARE-ablation/results.json; docs/int8.md shows it.
 """
 
 import argparse

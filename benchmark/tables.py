@@ -1,7 +1,7 @@
 """The figures of README.md and docs/: every one is written by this module from results/*/results.json.
 
     <!-- results:FOLDER/TABLE --> … <!-- /results -->             one of TABLES, from results/FOLDER/results.json
-    <!-- results:all/by-cpu --> … <!-- /results -->               a row for every folder of results
+    <!-- results:all/by-cpu --> … <!-- /results -->               a row for every folder of results; or by-cpu-brief
     <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
 
 `python -m benchmark --readme` fills them in; a test fails when a file says anything else.
@@ -43,8 +43,8 @@ def fill(text: str, root: Path) -> str:
     def replace(match: re.Match) -> str:
         opening, folder, what, _, closing = match.groups()
         if folder == "all":
-            return f"{opening}\n{by_cpu(root)}\n{closing}"
-        measured = results.load(root / folder)
+            return f"{opening}\n{by_cpu(root, brief=what == 'by-cpu-brief')}\n{closing}"
+        measured = results.load(root / folder) | {"printed": printed(root, folder)}
         if what in TABLES:
             return f"{opening}\n{TABLES[what](measured)}\n{closing}"
         return f"{opening}{value(measured, what)}{closing}"
@@ -62,14 +62,37 @@ def value(measured: dict, path: str) -> str:
         return format(found, form)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise LabError(
-            f"README.md asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
+            f"the text asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
         ) from error
 
 
-def by_cpu(root: Path) -> str:
+def printed(root: Path, folder: str) -> str:
+    """What `make lab` printed on the hardware of a folder; empty where that was not kept.
+
+    It is the make-lab.txt of the folder that bears the hardware's name alone, without a tag.
+    """
+    files = [path for path in root.glob("*/make-lab.txt") if folder.startswith(path.parent.name)]
+    return files[0].read_text(encoding="utf-8") if files else ""
+
+
+def correct_of_three(output: str) -> dict[str, str]:
+    """Right answers to the lab's three headlines by backend, from the summary that `predict.py` printed."""
+    found = re.findall(r"^(\S.*?)  .*?(\d+ of \d+)", output.partition("\nSummary: ")[2], re.MULTILINE)
+    return {name: count.replace(" of ", "/") for name, count in found}
+
+
+def excerpt(measured: dict) -> str:
+    """The first headline as `predict.py` printed it, of its first backend. Raises LabError if that was not kept."""
+    if "\nPredicting: " not in measured["printed"]:
+        raise LabError("no make-lab.txt beside these results: keep there what `make lab` prints")
+    paragraphs = measured["printed"].partition("\nPredicting: ")[2].split("\n\n")
+    return "\n\n".join(["```\nPredicting: " + paragraphs[0], *paragraphs[1:2]]) + "\n```"
+
+
+def by_cpu(root: Path, brief: bool = False) -> str:
     """Every run on trained weights: machine, FP32 time, × of both INT8 back ends and of the best peer, best throughput.
 
-    Of runs with the weights of an earlier adapter the weights are marked.
+    Of runs with the weights of an earlier adapter the weights are marked; `brief` leaves them out, and the origin.
     """
     trained = json.loads((ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
     rows = []
@@ -86,8 +109,13 @@ def by_cpu(root: Path) -> str:
             rate for name in INT8 for rate in backends.get(name, {}).get("throughput", {}).get(threads, {}).values()
         ]
         earlier = settings["weights_sha256"] != trained["weights_sha256"]
+        if earlier and brief:
+            continue
         rows.append(
-            [f"{here['cpu']} ({', '.join(here['isa'])})", settings["data"].split("_")[0].removesuffix(".csv")]
+            [
+                f"{here['cpu']} ({environment.strongest(here['isa'])})",
+                settings["data"].split("_")[0].removesuffix(".csv"),
+            ]
             + [f"{speeds[results.REFERENCE].get('p50_ms', float('nan')):.1f}"]
             + [ratio(speeds.get(name, {})) for name in INT8]
             + [f"{ratio(peers[best])} {backends[best]['name']}" if best else NOT_MEASURED]
@@ -95,8 +123,8 @@ def by_cpu(root: Path) -> str:
             + [here["git"]["commit"][:7] if here["git"] else NOT_MEASURED]
             + [settings["weights_sha256"][:7] + " (earlier)" * earlier]
         )
-    head = ["CPU", "data", "FP32 ms", "PyTorch", "ONNX", "best peer", "headlines/s", "commit", "weights"]
-    return table(head, rows)
+    head = ["CPU", "data", "FP32 ms", "PyTorch", "ONNX", "best peer", "per s", "commit", "weights"]
+    return table(head[:-2], [row[:-2] for row in rows]) if brief else table(head, rows)
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
@@ -146,6 +174,25 @@ def summary(measured: dict) -> str:
         return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown.{reasons}"
     note += "; changed: labels against FP32 PyTorch."
     return f"{table([*head, 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
+
+
+def lab(measured: dict) -> str:
+    """The original lab's columns, and what quantisation cost on these headlines. Never speed alone."""
+    threads, rows, correct = str(measured["settings"]["threads"][0]), [], correct_of_three(measured["printed"])
+    for row in measured["backends"].values():
+        if row["group"] == "peer":
+            continue
+        speed, rates = row["latency"].get(threads), row["throughput"].get(threads, {})
+        quality, close = row.get("quality"), row.get("consistency")
+        rows.append(
+            [row["name"], row["precision"], "GPU" if row["name"] == "TensorRT" else "CPU"]
+            + [figure(row["model_mb"], ".1f"), figure(speed and speed["p50_ms"], ".2f"), figure(rates.get("1"), ".0f")]
+            + [correct.get(row["name"], NOT_MEASURED), str(close["changed"]) if close else NOT_MEASURED]
+            + [figure(quality and 100 * quality["macro_f1"], ".1f")]
+        )
+    reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
+    head = ["backend", "precision", "device", "MB", "ms", "per s", "of the 3", "changed", "macro-F1"]
+    return table(head, rows) + reasons
 
 
 def latency(measured: dict) -> str:
@@ -244,16 +291,15 @@ def original(measured: dict) -> str:
             (row for key, row in measured["backends"].items() if key.startswith(kind) and row["group"] == "lab"), {}
         )
         ours = figure(found.get("latency", {}).get(threads, {}).get("p50_ms"), ".1f")
-        rows.append(
-            [name, str(size), figure(found.get("model_mb"), ".1f"), milliseconds]
-            + [f"{ours} ({found['reason']})" if found.get("reason") else ours, correct]
-        )
+        rows.append([name, str(size), figure(found.get("model_mb"), ".1f"), milliseconds, ours, correct])
     head = ["backend", "size, original (MB)", "size here (MB)", "latency, original (ms)", "p50 here (ms)"]
     return table([*head, "correct, original"], rows)
 
 
 TABLES = {
     "hardware": hardware,
+    "excerpt": excerpt,
+    "lab": lab,
     "summary": summary,
     "latency": latency,
     "quality": quality,
@@ -267,20 +313,14 @@ TABLES = {
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, padded so that it reads as plain text too; columns of figures are right-aligned."""
+    """A Markdown table that reads as plain text too; columns of figures are right-aligned."""
+    import tabulate
+
+    tabulate.MIN_PADDING = 0  # else it widens every column by two beyond its header
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    # A reason in a cell runs past the column rather than widen it.
-    widths = [max(len(row[column]) for row in [head, *rows] if len(row[column]) < 40) for column in range(len(head))]
     right = [column > 0 and any(row[column][:1].isdigit() for row in rows) for column in range(len(head))]
-    lines = [head, ["-" * (width - flush) + ":" * flush for width, flush in zip(widths, right, strict=True)], *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            f"{cell:{'>' if flush else '<'}{width}}" for cell, width, flush in zip(line, widths, right, strict=True)
-        )
-        + " |"
-        for line in lines
-    )
+    sides = ["right" if flush else "left" for flush in right]
+    return tabulate.tabulate(rows, head, tablefmt="pipe", colalign=sides, disable_numparse=True)
 
 
 def figure(number: float | None, form: str) -> str:

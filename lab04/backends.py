@@ -19,7 +19,7 @@ from lab04.backend import Backend, OutputCheck
 from lab04.recheck import RecheckedBackend
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
-# depends on whoever else wants that core (README, "Threads").
+# depends on whoever else wants that core (docs/measuring.md, "Threads").
 DEFAULT_THREADS = 1
 # Headlines of one call. Between the layers, 64 of 16 tokens are 6 MB in FP32, more than a core's own cache holds:
 # larger parts were slower on every CPU tried (docs/int8.md).

@@ -7,44 +7,58 @@ from pathlib import Path
 import numpy as np
 
 from lab04 import LabError
+from lab04.consistency import top
 
 # One colour per backend, the same on every chart.
 COLOURS = {"torch": "#0072B2", "onnxruntime": "#E69F00", "tensorrt": "#009E73"}
-ALL_LABELS_UP_TO = 10  # with more labels a chart shows only the union of the backends' top five
 FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans", "sans-serif"]
 
 
-def save_confidence_chart(path: Path, headline: str, labels: list[str], rows: list[dict]) -> None:
-    """Save one headline's softmax scores of all backends side by side, labels in the model's order, 0-100 %.
+def save_confidence_chart(
+    path: Path, headline: str, labels: list[str], rows: list[dict], right: str | None = None
+) -> None:
+    """Save one headline's softmax scores of all backends side by side, 0-100 %, the likeliest label first.
 
     rows: one dict a backend: `name` and `note` for the legend, `backend` for the colour, `probabilities` [labels].
-    Raises LabError if the file cannot be written.
+    right: the label that the input names, which is marked. Labels outside every backend's top five are left out: their
+    bars would be invisible. Raises LabError if the file cannot be written.
     """
     plt = pyplot()
-    shown = list(range(len(labels)))
-    if len(labels) > ALL_LABELS_UP_TO:
-        shown = sorted({i for row in rows for i in np.argsort(-row["probabilities"], kind="stable")[:5].tolist()})
+    shown = choose_labels([row["probabilities"] for row in rows], labels.index(right) if right in labels else None)
     # The title is wrapped by characters; wide scripts take twice the room of Latin ones.
-    title = textwrap.wrap(one_line(headline), 70 if headline.isascii() else 40, max_lines=3, placeholder=" …")
+    title = textwrap.wrap(one_line(headline), 62 if headline.isascii() else 32, max_lines=3, placeholder=" …")
     bar = 0.8 / len(rows)
-    height = 1.6 + 0.25 * len(title) + len(shown) * (0.28 + 0.2 * len(rows))
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    height = min(9, 1.3 + 0.3 * len(title) + len(shown) * (0.2 + 0.16 * len(rows)))
+    figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
     for place, row in enumerate(rows):
         positions = np.arange(len(shown)) + (place - (len(rows) - 1) / 2) * bar
         percent = 100 * row["probabilities"][shown]
         bars = axes.barh(
             positions, percent, bar * 0.92, color=COLOURS[row["backend"]], label=f"{row['name']} ({row['note']})"
         )
-        axes.bar_label(bars, [f"{value:.1f} %" for value in percent], padding=3, fontsize=8)
-    axes.set_yticks(range(len(shown)), [labels[i] for i in shown], parse_math=False)
+        axes.bar_label(bars, [f"{value:.1f} %" for value in percent], padding=4, fontsize=10)
+    names = ["✓ " * (labels[i] == right) + labels[i] for i in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=14, parse_math=False)
+    for i, tick in zip(shown, axes.get_yticklabels(), strict=True):
+        tick.set_weight("bold" if labels[i] == right else "normal")
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.margins(y=0.02)
-    axes.set_xlabel("softmax score (%)")
+    axes.set_xlabel("softmax score (%)" + ";  ✓ the right label" * (right in labels), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("\n".join(title), fontsize=12, loc="left", parse_math=False, pad=12)
-    figure.legend(loc="outside lower center", ncols=min(3, len(rows)), frameon=False, fontsize=8)
+    figure.suptitle("\n".join(title), fontsize=15, x=0.01, ha="left", parse_math=False)
+    columns = len(rows) if sum(len(row["name"] + row["note"]) for row in rows) < 90 else 2
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
     save(figure, path)
+
+
+def choose_labels(probabilities: list[np.ndarray], right: int | None) -> list[int]:
+    """Indices of the labels in any backend's top five, and of the right one, by mean score, largest first."""
+    mean = np.mean(probabilities, axis=0)
+    found = {index for scores in probabilities for index in top(scores)}
+    if right is not None:
+        found.add(right)
+    return sorted(found, key=lambda index: (-mean[index], index))
 
 
 def save_confusion_matrix(path: Path, counts: np.ndarray, labels: list[str], title: str) -> None:

@@ -6,7 +6,7 @@ from lab04 import LabError
 
 # A headline whose two best FP32 probabilities lie closer than this has no clear label to keep.
 DECIDED_MARGIN = 0.10
-# What a lab accepts of its own result. INT8 moves a probability by a few hundredths (README, "What it costs");
+# What a lab accepts of its own result. INT8 moves a probability by a few hundredths (docs/measuring.md);
 # swapped inputs, a wrong head or saturating arithmetic move it by tenths.
 MIN_DECIDED_AGREEMENT = 0.98
 MAX_MEAN_CHANGE = 0.05

@@ -1,4 +1,4 @@
-"""What both INT8 labs do to the network before they quantise it; figures in README, "What it costs".
+"""What both INT8 labs do to the network before they quantise it; figures in docs/int8.md.
 
 1. `trim_last_layer` leaves out what the classifier never reads: faster, same logits.
 2. `scale_inputs` evens out the columns of every product's input: one INT8 scale has to span them.

@@ -33,7 +33,7 @@ def self_check(build: Callable, compare: Callable) -> None:
                 print(f"FAIL  {name}: {kind}{tensorrt_engine.one_line(error)}")
     if failed:
         raise LabError(
-            f"failed: {', '.join(failed)}. If the README's troubleshooting does not help, open an issue with the lines "
+            f"failed: {', '.join(failed)}. If docs/tensorrt.md does not help, open an issue with the lines "
             "above and the output of nvidia-smi and pip freeze"
         )
     lab.suggest("python lab04-nvidia.py")

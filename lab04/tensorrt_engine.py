@@ -222,7 +222,7 @@ def import_pycuda():
     except (ImportError, OSError) as error:
         if "libcuda" in str(error) or "nvcuda" in str(error):
             raise Unavailable("no NVIDIA driver on this machine (libcuda does not load)") from error
-        raise Unavailable(f"PyCUDA does not load ({one_line(error)}): build it again, see README") from error
+        raise Unavailable(f"PyCUDA does not load ({one_line(error)}): build it again, see docs/tensorrt.md") from error
     try:
         cuda.init()
         devices = cuda.Device.count()

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import cpuinfo
 import numpy as np
 import pytest
 from conftest import ROOT, run_benchmark
 
 from benchmark import __main__ as benchmark
-from benchmark import environment, peers, results, run, steps, tables, worker
+from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
 from benchmark.process import Process
 from lab04 import LabError, artefact, backends, headlines, lab, preparation
 from lab04.backend import Unavailable
@@ -138,7 +139,7 @@ def test_results_know_their_origin(quick_run, model_folder, artefact_folder):
 
 def test_files_of_a_run(quick_run):
     process, folder = quick_run
-    for name in ("speed-up", "latency", "throughput", "size", "confusion", "reliability"):
+    for name in ("overview", "speed-up", "latency", "throughput", "size", "confusion", "reliability"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     with (folder / "latency.csv").open() as file:
         samples = list(csv.DictReader(file))
@@ -162,10 +163,32 @@ def test_redraw_gives_the_same_results(quick_run, tmp_path):
     assert results.load(copy) == results.load(quick_run[1])
 
 
-def test_redraw_needs_a_journal(tmp_path):
+def test_committed_results_are_drawn_again_without_a_journal(quick_run, tmp_path):
+    shutil.copy(quick_run[1] / results.RESULTS, tmp_path)
+    assert run_benchmark("--redraw", tmp_path).returncode == 0
+    assert (tmp_path / "overview.png").read_bytes() == (quick_run[1] / "overview.png").read_bytes()
+
+
+def test_redraw_needs_results(tmp_path):
     process = run_benchmark("--redraw", tmp_path)
     assert process.returncode == 2
-    assert process.stderr.count("\n") == 1 and "no journal.jsonl" in process.stderr
+    assert process.stderr.count("\n") == 1 and "no readable" in process.stderr
+
+
+def test_no_name_of_the_overview_covers_another():
+    import matplotlib.pyplot as plt
+
+    rows = {}
+    for place in range(12):  # all but on one spot
+        row = {"name": f"Backend {place}", "precision": "INT8", "group": "peer", "colour": "#BBBBBB", "model_mb": 23.0}
+        row |= {"latency": {"1": {"p50_ms": 4 + 0.05 * place}}, "consistency": {"changed": place}}
+        rows[str(place)] = row | {"quality": {"headlines": 1000}}
+    figure = charts.draw_overview(charts.pyplot(), rows, ["1"], {})
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    plt.close(figure)
 
 
 # --- Interruptions, in this process for speed -------------------------------------------------------------
@@ -332,24 +355,21 @@ def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
 # --- Machine and README -----------------------------------------------------------------------------------
 
 
-def test_cpu_is_named_by_generation(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
-        "model name\t: AMD EPYC 9R14 96-Core Processor\nflags\t\t: avx2 avx512_vnni\n\nprocessor\t: 1\n"
-    )
-    assert environment.read_cpu(cpuinfo) == {"name": "AMD EPYC 9R14 Zen4", "flags": ["avx2", "avx512_vnni"]}
-    cpuinfo.write_text(
-        "vendor_id : GenuineIntel\nmodel name : Intel(R) Xeon(R) CPU E5-2670 v3 @ 2.30GHz\nflags : avx2\n"
-    )
-    assert environment.read_cpu(cpuinfo)["name"] == "Intel Xeon E5-2670 v3"
+def test_cpu_is_named_by_generation(monkeypatch):
+    virtual = {"vendor_id_raw": "AuthenticAMD", "family": 25, "model": 17, "flags": ["avx2", "avx512_vnni"]}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: virtual | {"brand_raw": "AMD EPYC 9R14 96-Core Processor"})
+    assert environment.read_cpu() == {"name": "AMD EPYC 9R14 Zen4", "flags": ["avx2", "avx512_vnni"]}
+    intel = {"vendor_id_raw": "GenuineIntel", "brand_raw": "Intel(R) Xeon(R) CPU E5-2670 v3 @ 2.30GHz"}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: intel)
+    assert environment.read_cpu()["name"] == "Intel Xeon E5-2670 v3"
+    assert environment.strongest(["AVX2", "AVX-512", "AVX512-VNNI", "AVX512-BF16"]) == "AVX512-VNNI"
     here = {"cpu": "AMD EPYC Zen4", "gpu": None, "cores": 2}
     assert environment.folder_name(here, "bert-base") == "amd-epyc-zen4-2-cores-bert-base"
 
 
 def test_readme_blocks_are_filled(quick_run):
     root, name = quick_run[1].parent, quick_run[1].name
-    of_a_run = tables.TABLES.keys() - {"ablation"}
+    of_a_run = tables.TABLES.keys() - {"ablation", "excerpt"}
     blocks = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
     text = f"Before\n{blocks}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
     filled = tables.fill(text, root)
@@ -381,3 +401,49 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
 def test_documents_say_what_was_measured(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.fill(text, ROOT / "results") == text, "run python -m benchmark --readme"
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------
+
+
+def test_whole_numbers_are_those_the_runtime_computes():
+    import torch
+
+    values = np.random.default_rng(0).normal(0.3, 1, 500).astype(np.float32)
+    codes, scale, zero_point = pictures.to_bytes(values)
+    theirs = torch.quantize_per_tensor_dynamic(torch.from_numpy(values), torch.quint8, reduce_range=False)
+    assert (scale, zero_point) == (pytest.approx(theirs.q_scale()), theirs.q_zero_point())
+    assert np.abs(codes - theirs.int_repr().numpy()).max() <= 1  # a tie may fall to either side
+    assert np.abs(scale * (codes - zero_point) - values).max() <= scale / 2 + 1e-6
+
+
+def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "EVERY", 500)
+    monkeypatch.setattr(sys, "argv", ["pictures", "--model", str(model_folder("bert", 9)), "--output", str(tmp_path)])
+    pictures.main()
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
+
+
+def test_correct_labels_are_those_predict_printed(tmp_path):
+    (tmp_path / "cpu-2-cores").mkdir()
+    (tmp_path / "cpu-2-cores" / "make-lab.txt").write_text(
+        "[ONNX Quantised]: a\n\nSummary: 3 headlines, 1 of 2 of something\nBackend         Correct\n"
+        "ONNX Quantised  INT8  23.2  2 of 3  99%\nTensorRT's graph on the CPU  FP16  3 of 3\n"
+    )
+    found = {"ONNX Quantised": "2/3", "TensorRT's graph on the CPU": "3/3"}
+    assert tables.correct_of_three(tables.printed(tmp_path, "cpu-2-cores-real-headlines")) == found
+    assert tables.printed(tmp_path, "other-2-cores") == ""
+
+
+def test_the_excerpt_is_what_was_printed():
+    output = "make\n\nPredicting: 'A'\n\n[One]: a (0)\n  - a 1.0\n\n[Two]: a (0)\n"
+    assert tables.excerpt({"printed": output}) == "```\nPredicting: 'A'\n\n[One]: a (0)\n  - a 1.0\n```"
+    with pytest.raises(LabError, match="make-lab.txt"):
+        tables.excerpt({"printed": ""})
+
+
+def test_results_of_an_earlier_adapter_are_told_apart(quick_run):
+    folder = quick_run[1]
+    assert "(earlier)" in tables.by_cpu(folder.parent), "its random weights are not the shipped ones"
+    assert tables.by_cpu(folder.parent, brief=True).count("\n") == 1, "a head and no row"

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import HEADLINES, ROOT, run_in_process, run_script
 
-from lab04 import lab
+from lab04 import charts, lab
 
 CHARTS = [
     "confidence_ai_tutor_program_set.png",
@@ -362,3 +363,10 @@ def test_commands_in_messages_work_as_they_stand(monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert lab.as_run_here("python -m benchmark") == f"{tmp_path}/.venv/bin/python -m benchmark"
+
+
+def test_a_chart_shows_what_any_backend_finds_likely_and_the_right_label():
+    first = np.array([0.5, 0.2, 0.1, 0.08, 0.07, 0.03, 0.02, 0.0])
+    second = np.array([0.1, 0.5, 0.2, 0.08, 0.0, 0.02, 0.1, 0.0])  # its sixth is the other's fifth
+    assert charts.choose_labels([first, second], right=None) == [1, 0, 2, 3, 6, 4]
+    assert charts.choose_labels([first, second], right=7) == [1, 0, 2, 3, 6, 4, 7]
