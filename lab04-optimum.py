@@ -6,6 +6,7 @@ Reads lora-news/adapter (or --model) and writes quantised-model-optimum/: one ON
 ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the exported FP32 graph beside it.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main() -> None:
             lab.export_onnx(fp32.model, folder).rename(folder / FP32_FILE)
 
         if arguments.recheck:
-            write_exact(fp32, Path(scratch) / "exact", folder / recheck.GRAPH_FILE)
+            write_exact(fp32, texts.check, arguments.threads, Path(scratch) / "exact", folder / recheck.GRAPH_FILE)
 
         print("6. Check against FP32")
         artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE, texts=texts.record)
@@ -56,10 +57,27 @@ def main() -> None:
     lab.report(fp32, arguments.output, "python lab04-nvidia.py")
 
 
-def write_exact(fp32: classifier.Classifier, scratch: Path, output: Path) -> None:
-    """Write the fused graph of the unrounded FP32 weights that decides where INT8 is close to a border."""
+def write_exact(fp32: classifier.Classifier, texts: list[str], threads: int, scratch: Path, output: Path) -> None:
+    """Write the fused graph, without INT8, that decides where INT8 is close to a border.
+
+    Its weights are stored in FP16 if that changes the label of none of `texts`, else in FP32.
+    """
     network = preparation.trimmed(fp32.model, preparation.typical_inputs(fp32)[0])
-    onnx_graph.fuse(lab.export_onnx(network, scratch), fp32.model.config, output)
+    fused = onnx_graph.fuse(lab.export_onnx(network, scratch), fp32.model.config, scratch / "fused.onnx")
+    half = onnx_graph.store_in_fp16(fused, scratch / "fp16.onnx")
+    kept = find_labels(half, fp32, texts, threads) == find_labels(fused, fp32, texts, threads)
+    shutil.move(half if kept else fused, output)
+    print(f"   {output.name}: weights stored in {'FP16' if kept else 'FP32, as FP16 would change a label'}")
+
+
+def find_labels(graph: Path, fp32: classifier.Classifier, texts: list[str], threads: int) -> list[int]:
+    """The label ids an ONNX graph gives texts, one at a time."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(graph), backends.session_options(threads))
+    names = [item.name for item in session.get_inputs()]
+    encoded = (fp32.encode([text]) for text in texts)
+    return [int(session.run(None, {name: row[name].numpy() for name in names})[0].argmax()) for row in encoded]
 
 
 def record_threshold(folder: Path, texts: list[str] | None, threads: int) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
             raise stopped from None
         finally:
             if run.journal.find("backend"):
-                report(run.folder, run.journal)
+                report(run.folder, run.journal, run.quality_texts)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,12 +89,20 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def report(folder: Path, journal: results.Journal) -> None:
-    """Write and print everything that follows from a journal."""
+def report(folder: Path, journal: results.Journal, texts: list[str] | None = None) -> None:
+    """Write and print everything that follows from a journal, and, given its headlines, which of them changed.
+
+    The journal itself holds none of the data.
+    """
     measured = results.write(folder, journal)
     written = charts.save_all(folder, measured)
     print(f"\n{environment.one_line(measured['environment'])}\n")
     print(tables.summary(measured))
+    if texts is not None:
+        changed = [] if measured["settings"]["random_weights"] else results.changed_rows(journal, texts)
+        results.write_changed(folder, changed)
+        if changed:
+            print(f"\n{tables.changed(changed)}")
     print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
     lab.suggest(f"python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
 

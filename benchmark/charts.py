@@ -10,9 +10,11 @@ import numpy as np
 
 from benchmark import environment, results
 from lab04.charts import COLOURS, pyplot, save
+from lab04.recheck import RecheckedBackend
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+RECHECKED_BLUE = "#56B4E9"  # the sky blue of Okabe and Ito's palette
 MOST_LABELS = 12  # a confusion matrix of more labels is unreadable at this size
 
 
@@ -37,6 +39,7 @@ def save_all(folder: Path, measured: dict) -> list[Path]:
             {n: r for n, r in scored.items() if len(r["quality"]["confusion"]) <= MOST_LABELS},
         ),
         ("reliability.png", draw_reliability, scored),
+        ("border.png", draw_border, {n: r for n, r in rows.items() if n != results.REFERENCE and changed_by_us(r)}),
     ):
         (folder / file).unlink(missing_ok=True)  # an earlier run may have drawn what this one has no data for
         if content:
@@ -51,7 +54,7 @@ def colour(name: str, row: dict) -> str:
     """A backend's colour: the lab's own, or a grey for what it is compared with."""
     if row["group"] in ("reference", "peer"):
         return {"fp32-torch": REFERENCE_GREY, "fp32-onnx": ONNX_GREY}.get(name, PEER_GREY)
-    return COLOURS[name.split("-")[0]]
+    return RECHECKED_BLUE if row["name"] == RecheckedBackend.name else COLOURS[name.split("-")[0]]
 
 
 def title(row: dict) -> str:
@@ -355,6 +358,32 @@ def draw_reliability(plt, rows: dict, _threads: list[str], _measured: dict):
     for axis in axes[-1]:
         axis.set_xlabel("confidence (%)")
     tidy(axes.flat)
+    return figure
+
+
+def changed_by_us(row: dict) -> bool:
+    """Whether a row is one of the lab's own backends that has its changed labels on record."""
+    return row["group"] in ("lab", "check") and "changed_gaps" in row
+
+
+def draw_border(plt, rows: dict, _threads: list[str], measured: dict):
+    """Above: all headlines by their FP32 gap; below, on the same axis: the ones whose label each backend changed."""
+    gaps = measured["fp32_gaps"]
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(8, 3.4 + 0.38 * len(rows)), sharex=True, layout="constrained", height_ratios=(3, 0.6 + len(rows))
+    )
+    above.stairs(gaps["headlines"], gaps["edges"], fill=True, color=PEER_GREY)
+    above.set_ylabel("headlines")
+    above.set_title(f"All {sum(gaps['headlines']):,} headlines", loc="left", fontsize=10)
+    for place, row in enumerate(rows.values()):
+        changed = row["changed_gaps"]
+        below.plot(changed, [place] * len(changed), "|", color=row["colour"], markersize=14)
+    below.set_yticks(range(len(rows)), [f"{title(row)}: {len(row['changed_gaps'])}" for row in rows.values()])
+    below.set_ylim(len(rows) - 0.5, -0.5)
+    below.set_title("Headlines whose label changed", loc="left", fontsize=10)
+    below.set_xlabel("FP32 gap: best minus second logit")
+    below.set_xlim(left=0)
+    tidy((above, below))
     return figure
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import measures
-from lab04 import LabError, artefact
+from lab04 import LabError, artefact, recheck
+from lab04.consistency import softmax
 
 FORMAT = 1
-JOURNAL, RESULTS = "journal.jsonl", "results.json"
+JOURNAL, RESULTS, CHANGED = "journal.jsonl", "results.json", "changed.csv"
+GAP_BINS = 60
 REFERENCE = "fp32-torch"  # every speed-up and every agreement is against this row
 
 
@@ -61,6 +63,8 @@ def summarise(journal: Journal) -> dict:
     truth = np.array(start["truth"])
     logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
     failures = {entry["id"]: entry["reason"] for entry in journal.find("failed")}
+    gaps = recheck.gaps(logits[REFERENCE]) if REFERENCE in logits else np.empty(0)
+    counts, edges = np.histogram(gaps, bins=GAP_BINS)
     rows = {}
     for backend in journal.find("backend"):
         name = backend["id"]
@@ -70,6 +74,10 @@ def summarise(journal: Journal) -> dict:
             row["quality"] = measures.quality(truth, logits[name], start["settings"]["labels"])
             if REFERENCE in logits:
                 row["consistency"] = measures.consistency(logits[REFERENCE], logits[name], truth)
+                row["changed_gaps"] = gaps[logits[name].argmax(axis=1) != logits[REFERENCE].argmax(axis=1)].tolist()
+            [entry] = journal.find("logits", id=name)
+            if "rechecked" in entry:
+                row["rechecked"] = entry["rechecked"] / len(truth)
         row["latency"] = summarise_latency(journal, name)
         row["throughput"] = summarise_throughput(journal, name)
         row["cold_start"] = summarise_cold_starts(journal, name)
@@ -81,6 +89,8 @@ def summarise(journal: Journal) -> dict:
         "environment": start["environment"],
         "load": (journal.find("end") or [{}])[-1].get("load"),
         "tokenisation": measures.latency([tokenisation[0]["ms"]]) if tokenisation else None,
+        # Best minus second FP32 logit of every headline: where a label can change at all.
+        "fp32_gaps": {"edges": edges.tolist(), "headlines": counts.tolist()},
         "backends": rows,
     }
 
@@ -134,6 +144,40 @@ def write(folder: Path, journal: Journal) -> dict:
     return results
 
 
+def changed_rows(journal: Journal, texts: list[str]) -> list[dict]:
+    """The headlines whose FP32 label one of the lab's own backends changed, largest FP32 gap first.
+
+    `texts` are the headlines of the quality stage. Scores are probabilities.
+    """
+    [start] = journal.find("start")
+    labels, truth = start["settings"]["labels"], start["truth"]
+    logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
+    if REFERENCE not in logits:
+        return []
+    scores = {name: softmax(values) for name, values in logits.items()}
+    ids = {name: values.argmax(axis=1) for name, values in logits.items()}
+    own = [row["id"] for row in journal.find("backend") if row["group"] in ("lab", "check") and row["id"] in logits]
+    gaps = recheck.gaps(logits[REFERENCE])
+    changed = [index for index in range(len(texts)) if any(ids[name][index] != ids[REFERENCE][index] for name in own)]
+    rows = []
+    for index in sorted(changed, key=lambda index: -gaps[index]):
+        row = {"headline": texts[index], "true_label": labels[truth[index]], "fp32_gap": round(float(gaps[index]), 4)}
+        for name in [REFERENCE, *(name for name in logits if name != REFERENCE)]:
+            best = ids[name][index]
+            row |= {f"{name}_label": labels[best], f"{name}_score": round(float(scores[name][index, best]), 4)}
+        rows.append(row)
+    return rows
+
+
+def write_changed(folder: Path, rows: list[dict]) -> None:
+    """Write `changed_rows` beside the results; where no label changed, remove an earlier run's."""
+    try:
+        (folder / CHANGED).unlink(missing_ok=True)
+        write_csv(folder / CHANGED, rows)
+    except OSError as error:
+        raise LabError(f"cannot write {folder}: {error.strerror}") from error
+
+
 def load(folder: Path) -> dict:
     """results.json of a folder. Raises LabError if it is missing or of another format."""
     try:
@@ -176,7 +220,7 @@ def summary_rows(results: dict) -> list[dict]:
                 | {key: close.get(key) for key in ("agreement", "changed", "right_to_wrong", "wrong_to_right")}
                 | {key: close.get(key) for key in ("mcnemar_p", "mean_change", "max_change", "kl", "loyalty")}
                 | {key: cold.get(key) for key in ("total_ms", "imports_ms", "load_ms", "first_ms", "memory_mb")}
-                | {"reason": row["reason"]}
+                | {"rechecked": row.get("rechecked"), "reason": row["reason"]}
             )
     return rows
 

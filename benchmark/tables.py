@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmark import environment, results
 from lab04 import ROOT, LabError
+from lab04.charts import one_line
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 NOT_MEASURED = "–"
@@ -168,11 +169,16 @@ def summary(measured: dict) -> str:
             cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
         rows.append(cells)
     reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
+    rechecked = "".join(
+        f" {row['name']}: {row['rechecked']:.1%} of the headlines ran again in its second graph; its size is both's."
+        for row in measured["backends"].values()
+        if "rechecked" in row
+    )
     head = ["backend", "size (MB)", "p50 (ms)", "p95 (ms)", "speed"]
     note = f"Batch 1, {threads} thread{'s' * (threads != '1')}, tokenisation apart; speed: PyTorch eager FP32 = 1"
     if not scored:
         return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown.{reasons}"
-    note += "; changed: labels against FP32 PyTorch."
+    note += f"; changed: labels against FP32 PyTorch.{rechecked}"
     return f"{table([*head, 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
 
 
@@ -193,6 +199,19 @@ def lab(measured: dict) -> str:
     reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
     head = ["backend", "precision", "device", "MB", "ms", "per s", "of the 3", "changed", "macro-F1"]
     return table(head, rows) + reasons
+
+
+def changed(rows: list[dict], most: int = 3) -> str:
+    """The first of `results.changed_rows`: headline, FP32's label and the labels others gave it."""
+    lines = [f"Labels changed on {len(rows)} headlines, all in {results.CHANGED}; the clearest to FP32:"]
+    for row in rows[:most]:
+        fp32 = row[f"{results.REFERENCE}_label"]
+        names = [key.removesuffix("_label") for key in row if key.endswith("_label") and key != "true_label"]
+        others = [f"{name}: {row[f'{name}_label']}" for name in names if row[f"{name}_label"] != fp32]
+        lines.append(
+            f"  {one_line(row['headline'])!r} {fp32} {row[f'{results.REFERENCE}_score']:.2f}; {', '.join(others)}"
+        )
+    return "\n".join(lines)
 
 
 def latency(measured: dict) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lab04 import LabError, artefact, backends
 from lab04.backend import Unavailable
+from lab04.recheck import RecheckedBackend
 
 
 class Worker:
@@ -62,9 +63,14 @@ class Worker:
         return {"imports_ms": (imported - checked) * 1e3, "load_ms": (loaded - imported + checked - started) * 1e3}
 
     def logits(self, texts: list[str]) -> dict:
-        """Logits [texts, labels], one unpadded headline at a time."""
-        rows = [self._backend.logits(self._tokenise([text]))[0] for text in texts]
-        return {"logits": np.stack(rows).round(6).astype(float).tolist()}
+        """Logits [texts, labels], one unpadded headline at a time; how many a second graph decided, if there is one."""
+        rows, rechecked = [], []
+        for text in texts:
+            rows.append(self._backend.logits(self._tokenise([text]))[0])
+            if isinstance(self._backend, RecheckedBackend):
+                rechecked.append(bool(self._backend.rechecked[0]))
+        answer = {"logits": np.stack(rows).round(6).astype(float).tolist()}
+        return answer | ({"rechecked": sum(rechecked)} if rechecked else {})
 
     def latency(self, texts: list[str], warm_ups: int) -> dict:
         """Milliseconds of each headline on its own, after some untimed ones; token ids are ready before the clock."""

@@ -49,9 +49,15 @@ class Artefact:
         return self.folder / self.manifest["model_file"]
 
     @property
+    def rechecks(self) -> bool:
+        """Whether a second graph decides the headlines that INT8 leaves open (lab04/recheck.py)."""
+        return "recheck" in self.manifest
+
+    @property
     def model_mb(self) -> float:
-        """Size of the model file in MB (10^6 bytes)."""
-        return self.manifest["files"][self.manifest["model_file"]]["bytes"] / 1e6
+        """Size in MB (10^6 bytes) of the model file, and of the graph that rechecks it where there is one."""
+        graphs = [self.manifest["model_file"]] + ([self.manifest["recheck"]["graph"]] if self.rechecks else [])
+        return sum(self.manifest["files"][name]["bytes"] for name in graphs) / 1e6
 
 
 class Tokeniser:

@@ -139,7 +139,7 @@ def test_results_know_their_origin(quick_run, model_folder, artefact_folder):
 
 def test_files_of_a_run(quick_run):
     process, folder = quick_run
-    for name in ("overview", "speed-up", "latency", "throughput", "size", "confusion", "reliability"):
+    for name in ("overview", "speed-up", "latency", "throughput", "size", "confusion", "reliability", "border"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     with (folder / "latency.csv").open() as file:
         samples = list(csv.DictReader(file))
@@ -148,8 +148,12 @@ def test_files_of_a_run(quick_run):
     assert np.median(times) == pytest.approx(measured["backends"]["torch-int8"]["latency"]["1"]["p50_ms"], abs=1e-3)
     with (folder / "summary.csv").open() as file:
         assert {row["backend"] for row in csv.DictReader(file)} == set(measured["backends"])
-    texts = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".csv"))
-    assert not any(text in texts for text in TEXTS), "results never contain the data"
+    texts = "".join(
+        path.read_text()
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".jsonl", ".csv") and path.name != results.CHANGED
+    )
+    assert not any(text in texts for text in TEXTS), "only the file that git ignores contains the data"
     assert "1.00×" in process.stdout
     assert process.stdout.splitlines()[-2].startswith("Wrote ")
     assert process.stderr == ""
@@ -244,6 +248,58 @@ def run_here(monkeypatch, model_folder, artefact_folder, data, tmp_path):
 def read_run(output):
     [folder] = output.iterdir()
     return results.Journal(folder / results.JOURNAL).entries, results.load(folder)
+
+
+def test_a_rechecked_artefact_is_a_row_of_its_own(run_here, artefact_folder, tmp_path):
+    folder = shutil.copytree(artefact_folder("onnx"), tmp_path.parent / f"{tmp_path.name}-optimum-recheck")
+    manifest = artefact.load(folder).manifest
+    shutil.copy(folder / manifest["model_file"], folder / "second.onnx")
+    files = manifest["files"] | {"second.onnx": artefact.describe_file(folder / "second.onnx")}
+    recheck = {"graph": "second.onnx", "threshold": 1e9}  # every headline runs again
+    artefact.write_manifest(folder, {**manifest, "files": files, "recheck": recheck})
+    entries, measured = run_here("--artefacts", artefact_folder("onnx"), folder)
+    plain, rechecked = (measured["backends"][name] for name in ("onnxruntime-int8", "onnxruntime-int8-recheck"))
+    assert (plain["name"], rechecked["name"]) == ("ONNX Quantised", "ONNX Rechecked")
+    assert rechecked["rechecked"] == 1 and "rechecked" not in plain
+    assert rechecked["model_mb"] == pytest.approx(2 * plain["model_mb"])
+    assert "ONNX Rechecked: 100.0% of the headlines ran again" in tables.summary(measured)
+    assert rechecked["latency"]["1"]["p95_ms"] > 0
+
+
+def journal_of(path, logits, truth):
+    """A journal of the quality stage: `logits` by (id, group)."""
+    journal = results.Journal(path)
+    settings = {"labels": ["cold", "warm"], "threads": [1], "random_weights": False}
+    journal.append("start", settings=settings, environment={}, truth=truth)
+    for (name, group), values in logits.items():
+        journal.append("backend", id=name, name=name, precision="INT8", group=group, model_mb=1.0)
+        journal.append("logits", id=name, logits=values)
+    return journal
+
+
+def test_changed_headlines_come_with_every_backends_answer_the_clearest_first(tmp_path):
+    fp32 = [[0.0, 3.0], [0.1, 0.0], [0.0, 0.4], [2.0, 0.0]]
+    ours = [[0.0, 3.0], [0.0, 0.1], [0.4, 0.0], [2.0, 0.0]]  # changes the second and, with the larger gap, the third
+    peer = [[3.0, 0.0], [0.1, 0.0], [0.4, 0.0], [2.0, 0.0]]  # a peer's change alone is not shown
+    logits = {("fp32-torch", "reference"): fp32, ("onnxruntime-int8", "lab"): ours, ("other", "peer"): peer}
+    journal = journal_of(tmp_path / "journal.jsonl", logits, [1, 0, 0, 0])
+    rows = results.changed_rows(journal, ["first", "second", "third", "fourth"])
+    assert [row["headline"] for row in rows] == ["third", "second"]
+    assert rows[0]["true_label"] == "cold" and rows[0]["fp32_gap"] == 0.4
+    assert [rows[0][f"{name}_label"] for name, _ in logits] == ["warm", "cold", "cold"]
+    assert rows[1]["other_label"] == "cold"
+    assert rows[0]["fp32-torch_score"] == pytest.approx(1 / (1 + np.exp(-0.4)), abs=1e-4)
+    printed = tables.changed(rows, most=1)
+    assert "2 headlines" in printed and "'third' warm 0.60; onnxruntime-int8: cold, other: cold" in printed
+    assert "second" not in printed
+    measured = results.summarise(journal)
+    assert sum(measured["fp32_gaps"]["headlines"]) == 4
+    assert measured["backends"]["onnxruntime-int8"]["changed_gaps"] == pytest.approx([0.1, 0.4])
+    results.write_changed(tmp_path, rows)
+    with (tmp_path / results.CHANGED).open() as file:
+        assert [row["headline"] for row in csv.DictReader(file)] == ["third", "second"]
+    results.write_changed(tmp_path, [])
+    assert not (tmp_path / results.CHANGED).exists(), "an earlier run's headlines are not this one's"
 
 
 def test_resume_keeps_what_was_measured(run_here, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import HEADLINES, ROOT, run_script
 
-from lab04 import artefact, backends, consistency
+from lab04 import artefact, backends, consistency, recheck
 
 EXAMPLES = ROOT / "examples"
 INCLUDE = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
@@ -85,6 +85,36 @@ def test_node_refuses_what_is_missing_or_edited(node, artefact_folder, tmp_path)
     assert result.stderr == "classify.js: tokenizer.json was edited: run python lab04-optimum.py\n"
 
 
+@pytest.fixture(scope="module")
+def rechecked(artefact_folder, tmp_path_factory):
+    """An ONNX artefact whose second graph decides about half of TEXTS."""
+    folder = shutil.copytree(artefact_folder("onnx"), tmp_path_factory.mktemp("rechecked") / "optimum-recheck")
+    manifest = artefact.load(folder).manifest
+    item = artefact.load(artefact_folder("tensorrt"))
+    shutil.copy(item.folder / item.manifest["graph"], folder / "second.onnx")
+    files = manifest["files"] | {"second.onnx": artefact.describe_file(folder / "second.onnx")}
+    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(artefact.load(artefact_folder("onnx")))
+    gaps = np.sort([recheck.gaps(backend.logits(tokenise([text])))[0] for text in TEXTS])
+    middle = len(gaps) // 2
+    second = {"graph": "second.onnx", "threshold": float(gaps[middle - 1] + gaps[middle]) / 2}
+    artefact.write_manifest(folder, {**manifest, "files": files, "recheck": second})
+    return folder
+
+
+def test_node_rechecks_as_python_does(node, rechecked):
+    result = node(rechecked, *TEXTS)
+    assert result.returncode == 0, result.stderr
+    check_results(result.stdout, rechecked, TEXTS)
+    item = artefact.load(rechecked)
+    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    expected = []
+    for text in TEXTS:
+        backend.logits(tokenise([text]))
+        expected.append(bool(backend.rechecked[0]))
+    assert 0 < sum(expected) < len(TEXTS)
+    assert [json.loads(line)["rechecked"] for line in result.stdout.splitlines()] == expected
+
+
 # --- C++ --------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +149,12 @@ def test_cpp_agrees_with_python(cpp, artefact_folder):
     texts = [text.replace("£", "") for text in ASCII]
     texts[3] = texts[3].replace("[CLS]", "CLS")  # special tokens in a text are the tokeniser library's own affair
     check_results(cpp(folder, *texts).stdout, folder, texts)
+
+
+def test_cpp_refuses_a_folder_that_it_would_answer_without_its_recheck(cpp, rechecked):
+    result = cpp(rechecked)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "second graph" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_cpp_reports_a_missing_artefact_in_one_line(cpp, tmp_path):
@@ -195,6 +231,16 @@ def test_triton_gets_an_engine_with_its_own_limits(model_config, artefact_folder
     assert (config.backend, config.max_batch_size, config.default_model_filename) == ("tensorrt", 16, "model.plan")
     assert config.instance_group[0].Kind.Name(config.instance_group[0].kind) == "KIND_GPU"
     assert (tmp_path / "models" / folder.name / "1" / "model.plan").read_bytes() == b"engine"
+
+
+def test_triton_gets_both_graphs_of_a_rechecked_artefact(rechecked, tmp_path):
+    result = write_repository(tmp_path / "models", rechecked)
+    assert result.returncode == 0, result.stderr
+    for name, file in (("optimum-recheck", "model_quantized.onnx"), ("optimum-recheck-recheck", "second.onnx")):
+        model = tmp_path / "models" / name
+        assert (model / "1" / "model.onnx").read_bytes() == (rechecked / file).read_bytes()
+        assert f'name: "{name}"' in (model / "config.pbtxt").read_text()
+    assert str(artefact.load(rechecked).manifest["recheck"]["threshold"]) in result.stdout
 
 
 def test_triton_refuses_what_it_cannot_serve(artefact_folder, tmp_path):

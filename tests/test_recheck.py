@@ -1,13 +1,14 @@
 """Recheck: labels that INT8 would change are decided by the exact graph, and by nothing else."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
 import pytest
-from conftest import run_in_process
+from conftest import ROOT, run_in_process
 
-from lab04 import LabError, artefact, backends, consistency, lab, recheck
+from lab04 import LabError, artefact, backends, classifier, consistency, lab, recheck
 from lab04.backend import Backend
 
 
@@ -64,6 +65,27 @@ def rechecked(model_folder, tmp_path_factory):
 
 def test_rechecked_artefact_keeps_every_label_of_fp32(rechecked):
     assert artefact.load(rechecked).manifest["check"]["agreement"] == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6], ids=["in range", "beyond FP16"])
+def test_second_graph_is_stored_in_fp16_only_where_that_keeps_the_labels(scale, model_folder, tmp_path, capsys):
+    optimum = runpy.run_path(str(ROOT / "lab04-optimum.py"))
+    fp32 = classifier.load(model_folder("bert", 9))
+    fp32.model.classifier.weight.data *= scale
+    texts = [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)[:20]]
+    (tmp_path / "scratch").mkdir()
+    optimum["write_exact"](fp32, texts, 1, tmp_path / "scratch", tmp_path / "graph.onnx")
+    weights_bytes = sum(parameter.nbytes for parameter in fp32.model.parameters())
+    stored = (tmp_path / "graph.onnx").stat().st_size / weights_bytes
+    assert stored < 0.6 if scale == 1 else stored > 0.8
+    assert ("weights stored in FP16\n" in capsys.readouterr().out) == (scale == 1)
+    labels = lab.fp32_logits(fp32, texts).argmax(1).tolist()
+    assert optimum["find_labels"](tmp_path / "graph.onnx", fp32, texts, 1) == labels
+
+
+def test_size_counts_both_graphs(rechecked):
+    graphs = [rechecked / "model_quantized.onnx", rechecked / recheck.GRAPH_FILE]
+    assert artefact.load(rechecked).model_mb == pytest.approx(sum(path.stat().st_size for path in graphs) / 1e6)
 
 
 def test_padded_batch_gets_the_labels_of_single_headlines(rechecked):

@@ -133,9 +133,12 @@ int main(int count, char** arguments) try {
         headlines = {"Cybersecurity breach exposes NHS patient records",
                      "AI tutor program set to roll out in Scottish schools",
                      "Climate report warns UK cities face extreme flooding by 2030"};
+    std::string manifest = read(folder + "/manifest.json"), key = "\"max_length\":";
+    if (manifest.find("\"recheck\":") != std::string::npos)
+        throw std::runtime_error(folder + " has a second graph that decides close headlines, and this example runs only "
+                                 "the first: use one built without --recheck, or the Node example");
     Map labels = json_object(read(folder + "/config.json"), "id2label");
     Map vocabulary = json_object(read(folder + "/tokenizer.json"), "vocab");
-    std::string manifest = read(folder + "/manifest.json"), key = "\"max_length\":";
     size_t longest = std::stoul(manifest.substr(manifest.find(key) + key.size()));
 
     setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // read when the environment is made; a user's own setting wins

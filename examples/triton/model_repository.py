@@ -4,7 +4,8 @@
     python examples/triton/model_repository.py --artefacts my-onnx my-tensorrt --output /srv/models
     ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository model-repository
 
-One model an artefact, named after its folder: ONNX Runtime's back end for an ONNX file, TensorRT's for an engine.
+One model an artefact, named after its folder, and a second one if it was built with --recheck: ONNX Runtime's back end
+for an ONNX file, TensorRT's for an engine.
 Clients send token ids made with the artefact's tokenizer.json, which lies beside the model, and get logits.
 """
 
@@ -48,7 +49,15 @@ def main() -> None:
     artefacts = [artefact.load(folder) for folder in folders]
     try:
         for item in artefacts:
-            write_model(item, arguments.output / item.folder.resolve().name)
+            name = item.folder.resolve().name
+            write_model(item, item.model_file, arguments.output / name)
+            if item.rechecks:
+                recheck = item.manifest["recheck"]
+                write_model(item, item.folder / recheck["graph"], arguments.output / f"{name}-recheck")
+                print(
+                    f"   Clients must ask {name}-recheck again where the two best logits of {name} lie closer than "
+                    f"{recheck['threshold']}: examples/README.md"
+                )
     except OSError as error:
         raise LabError(f"cannot write {arguments.output}: {error.strerror or error}") from error
     print(f"Wrote {arguments.output}")
@@ -56,11 +65,11 @@ def main() -> None:
     print(f"Next: ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository {arguments.output}")
 
 
-def write_model(item: artefact.Artefact, folder: Path) -> None:
-    """Write one model: config.pbtxt, labels.txt, the tokeniser, and version 1 of the model file."""
+def write_model(item: artefact.Artefact, model_file: Path, folder: Path) -> None:
+    """Write one model: config.pbtxt, labels.txt, the tokeniser, and version 1 of a model file of an artefact."""
     backend, file_name, device = triton_form(item)
     (folder / "1").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(item.model_file, folder / "1" / file_name)
+    shutil.copyfile(model_file, folder / "1" / file_name)
     shutil.copyfile(item.folder / "tokenizer.json", folder / "tokenizer.json")
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in item.labels), encoding="utf-8")
     engine = item.manifest.get("engine") if backend == "tensorrt" else None
