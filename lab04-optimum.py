@@ -26,7 +26,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    texts = lab.choose_texts(arguments.texts)
+    texts = lab.choose_texts(arguments)
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model, arguments.labels)
 
@@ -82,7 +82,7 @@ def find_labels(graph: Path, fp32: classifier.Classifier, texts: list[str], thre
 
 def record_threshold(folder: Path, texts: list[str] | None, threads: int) -> None:
     """Find the threshold of a sealed folder's recheck, on our training headlines if not on `texts`; add it to it."""
-    built, texts = artefact.load(folder), texts or [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)]
+    built, texts = artefact.load(folder), texts or lab.train_texts()
     quick = backends.OnnxRuntimeBackend(built, threads)
     exact = backends.OnnxRuntimeBackend(built, threads, folder / recheck.GRAPH_FILE)
     threshold = recheck.find_threshold(quick, exact, artefact.Tokeniser(built), texts)

@@ -18,7 +18,7 @@ MODEL_FILE = "model_int8.pt"
 def main() -> None:
     arguments = lab.int8_argument_parser(__doc__, output="quantised-model-torch").parse_args()
 
-    texts = lab.choose_texts(arguments.texts)
+    texts = lab.choose_texts(arguments)
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model, arguments.labels)
 

@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parse_arguments()
     artefacts = [artefact.load(folder) for folder in arguments.artefacts]
     artefact.check_together(artefacts)
-    given = read_headlines(arguments, set(artefacts[0].labels))
+    given = read_headlines(arguments, artefacts[0].labels)
     # Wrong input is reported before anything is loaded; a file may be endless, so only its first line is known by then.
     known = list(itertools.islice(given, 1 if arguments.file else None))
     given = itertools.chain(known, given)
@@ -109,10 +109,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("headlines", nargs="*", metavar="HEADLINE", help="headlines (default: the lab's three)")
-    add("--file", help="one headline a line, or CSV with text[,label]; - reads stdin")
-    add("--format", choices=headlines.FORMATS, help="what the file is (default: by its name, else text)")
-    add("--text-column", metavar="NAME", help="the file's column of headlines (default: text, title or headline)")
-    add("--label-column", metavar="NAME", help="the file's column of labels (default: label or Class Index)")
+    add("--file", help="headlines: CSV, TSV, JSON lines, JSON, or one a line; - reads stdin")
+    headlines.add_options(parser)
     add("--backends", nargs="+", choices=list(ARTEFACTS), default=list(ARTEFACTS), help="which to run (default: all)")
     add("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="artefact folders to run instead of the lab's own")
     add("--output", type=Path, default=Path(), help="folder for the charts (default: the current one)")
@@ -142,31 +140,21 @@ def is_file(text: str) -> bool:
 # --- Input ------------------------------------------------------------------------------------------------
 
 
-def read_headlines(arguments: argparse.Namespace, labels: set[str]) -> Iterator[Headline]:
+def read_headlines(arguments: argparse.Namespace, labels: list[str]) -> Iterator[Headline]:
     """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
-    rows: Iterable[tuple[int, Headline]]
     if arguments.file:
-        columns = arguments.format, arguments.text_column, arguments.label_column
-        rows = ((line, Headline(text, label)) for line, text, label in headlines.read(arguments.file, *columns))
-    elif arguments.headlines:
-        rows = enumerate(map(Headline, arguments.headlines), start=1)
-    else:
-        # The default headlines' labels are the default model's; another model is not judged by them.
-        known = {text: label if label in labels else None for text, label in HEADLINES.items()}
-        rows = enumerate(itertools.starmap(Headline, known.items()), start=1)
-    empty, names = True, headlines.label_names(labels)
-    for number, headline in rows:
-        where = f"{arguments.file}, line {number}" if arguments.file else f"headline {number}"
-        if not headline.text.strip():
-            raise LabError(f"{where} is empty")
-        if headline.label is not None:
-            headline.label = names.get(headline.label.casefold(), headline.label)
-        if headline.label is not None and headline.label not in labels:
-            raise LabError(f"{where}: unknown label {headline.label!r}; the model knows {', '.join(sorted(labels))}")
-        empty = False
-        yield headline
-    if empty:
-        raise LabError(f"{arguments.file} holds no headlines")
+        for row in headlines.read(arguments.file, labels, **headlines.options(arguments)):
+            yield Headline(row.text, row.label)
+        return
+    # The default headlines' labels are the default model's; another model is not judged by them.
+    known = [(text, label if label in labels else None) for text, label in HEADLINES.items()]
+    given = [(text, None) for text in arguments.headlines] or known
+    for number, (text, label) in enumerate(given, start=1):
+        if not text.strip():
+            raise LabError(f"headline {number} is empty")
+        if not headlines.is_unicode(text):
+            raise LabError(f"headline {number} is not UTF-8")
+        yield Headline(text, label)
 
 
 # --- Running ----------------------------------------------------------------------------------------------

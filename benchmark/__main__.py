@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmark import charts, environment, profile, results, tables
 from benchmark.run import ARTEFACTS, Run
-from lab04 import ROOT, LabError, classifier, lab
+from lab04 import ROOT, LabError, classifier, headlines, lab
 
 CPU_ARTEFACTS = ARTEFACTS[:2]
 
@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         default=lab.TEST_HEADLINES,
         help="labelled headlines (default: lora-news/headlines/test.csv)",
     )
+    headlines.add_options(parser)
     parser.add_argument(
         "--threads", type=lab.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
     )

@@ -5,7 +5,6 @@ become artefact folders and run on `backends.OnnxRuntimeBackend`, so they get th
 Everything is built from one FP32 folder, which `export_reference` writes.
 """
 
-import csv
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from lab04.artefact import Artefact, Tokens
 
 FUSED = "model_fused.onnx"
 CALIBRATION_ROWS = 300  # headlines that NNCF's static quantisation is calibrated on, its own default
-CALIBRATION_FILES = [lab.TEST_HEADLINES.with_name("train.csv"), lab.TEST_HEADLINES]
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,7 @@ def quantise_with_nncf(reference: Artefact, output: Path) -> None:
     import nncf
     import openvino
 
-    path = next(path for path in CALIBRATION_FILES if path.exists())
-    with path.open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = lab.train_texts() if lab.TRAIN_HEADLINES.exists() else lab.test_texts()
     texts = texts[:: -(-len(texts) // CALIBRATION_ROWS)]  # from the whole file, which is sorted by label
     tokenise = artefact.Tokeniser(reference)
     calibration = nncf.Dataset(texts, lambda text: tokenise([text]))

@@ -64,7 +64,8 @@ class Run:
         exported = artefact.load(self.reference)
         built, missing = load_artefacts(arguments.artefacts)
         check_origin(exported, built, arguments.model)
-        self.texts, truth = headlines.read_labelled(arguments.data, exported.labels)
+        columns = headlines.options(arguments)
+        self.texts, truth = headlines.read_labelled(arguments.data, exported.labels, **columns)
         chosen = random.Random(self.seed).sample(range(len(truth)), len(truth))[: self.amounts["quality_headlines"]]
         self.quality_texts = [self.texts[index] for index in sorted(chosen)]
 

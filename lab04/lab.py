@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import logging
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, interrupted
+from lab04 import ROOT, LabError, artefact, backends, classifier, consistency, headlines, interrupted
 
 TRAIN_HEADLINES = ROOT / "lora-news" / "headlines" / "train.csv"
 TEST_HEADLINES = ROOT / "lora-news" / "headlines" / "test.csv"
@@ -59,9 +58,10 @@ def int8_argument_parser(description: str, output: str) -> argparse.ArgumentPars
         "--texts",
         type=Path,
         metavar="FILE",
-        help="unlabelled texts like those the model will be given, one a line: half prepare the weights, the others "
-        "check the result (default: our English headlines)",
+        help="texts like those the model will be given, in any form predict.py reads: half prepare the weights, the "
+        "others check the result (default: our English headlines)",
     )
+    headlines.add_options(parser)
     return parser
 
 
@@ -106,15 +106,14 @@ def quiet_logging():
         logging.disable(logging.NOTSET)
 
 
-def read_rows(headlines: Path) -> list[dict]:
-    """The rows of one of our own headline files: dicts of `text` and `label`."""
-    with headlines.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_texts() -> list[str]:
     """The headlines every lab checks its result on. Agreement with FP32 needs no labels, so they serve any model."""
-    return [row["text"] for row in read_rows(TEST_HEADLINES)]
+    return [row.text for row in headlines.read(TEST_HEADLINES)]
+
+
+def train_texts() -> list[str]:
+    """The headlines that stand in for a user's own texts where a network is prepared."""
+    return [row.text for row in headlines.read(TRAIN_HEADLINES)]
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,13 @@ class Texts:
     record: dict
 
 
-def choose_texts(file: Path | None) -> Texts:
+def choose_texts(arguments: argparse.Namespace) -> Texts:
     """Our headlines, or a user's texts, every other one for the check. Raises LabError if there are too few."""
+    file = arguments.texts
     if file is None:
         return Texts(None, test_texts(), {"file": "the lab's own headlines"})
-    texts = read_texts(file)
+    rows = headlines.read(file, **headlines.options(arguments))
+    texts = list(dict.fromkeys(row.text for row in rows))
     if len(texts) < MIN_TEXTS:
         raise LabError(
             f"{file} has {len(texts)} different texts: at least {MIN_TEXTS} are needed, better some hundreds"
@@ -140,16 +141,6 @@ def choose_texts(file: Path | None) -> Texts:
     prepare, check = texts[::2], texts[1::2]
     record = {"file": file.name, "sha256": digest, "prepared": len(prepare), "checked": len(check)}
     return Texts(prepare, check, record)
-
-
-def read_texts(file: Path) -> list[str]:
-    """The different texts of a file, one a line, in its order. Raises LabError if it cannot be read as UTF-8."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise LabError(f"cannot read {file}: {reason}") from error
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def unknown_share(fp32: classifier.Classifier, texts: list[str]) -> float:

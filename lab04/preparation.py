@@ -34,7 +34,7 @@ def prepare(fp32: classifier.Classifier, texts: list[str] | None = None):
 def typical_inputs(fp32: classifier.Classifier, texts: list[str] | None = None) -> list[dict]:
     """Token tensors of some texts, those of one length together, so that none is padded."""
     by_length: dict[int, list[str]] = {}
-    for text in texts or [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)[::EVERY]]:
+    for text in texts or lab.train_texts()[::EVERY]:
         by_length.setdefault(fp32.encode([text])["input_ids"].shape[1], []).append(text)
     return [fp32.encode(texts) for texts in by_length.values()]
 

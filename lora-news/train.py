@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # this script lives one folder below the package it shares with the labs
 
-from lab04 import LabError, charts, classifier, lab, model_files  # noqa: E402
+from lab04 import LabError, charts, classifier, headlines, lab, model_files  # noqa: E402
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")  # the hub data set's integers, in order
 AG_NEWS_DEV = 1500  # AG News titles held out of training
@@ -71,9 +71,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     add = parser.add_argument
-    add("--ag-news", default="fancyzhx/ag_news", help="hub id, or a CSV with label,title[,description]")
-    add("--headlines", type=Path, default=HERE / "headlines" / "train.csv", help="our training CSV, text,label")
-    add("--test", type=Path, default=HERE / "headlines" / "test.csv", help="our test CSV, text,label")
+    add("--ag-news", default="fancyzhx/ag_news", help="hub id, or a file with label,title[,description]")
+    add("--headlines", type=Path, default=HERE / "headlines" / "train.csv", help="our training headlines, text,label")
+    add("--test", type=Path, default=HERE / "headlines" / "test.csv", help="our test headlines, text,label")
     add("--base", default=model_files.DEFAULT_BASE, help="encoder: hub id or folder (default: %(default)s)")
     add("--output", type=Path, default=HERE / "adapter", help="adapter folder (default: lora-news/adapter)")
     add("--epochs", type=float, default=4, help="passes over the data at most (default: %(default)s)")
@@ -108,54 +108,48 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list[dict], list[dict], li
 
 
 def read_headlines(path: Path) -> list[dict]:
-    """Rows of a CSV with the columns text and label. Raises LabError if it has others, or an empty cell."""
-    rows = read_rows(path)
-    if not {"text", "label"} <= rows[0].keys():
-        raise LabError(f"{path} has the columns {', '.join(rows[0])}: text and label are needed")
-    for number, row in enumerate(rows, start=2):
-        if not (row["text"] and row["label"]):
-            raise LabError(f"{path}, line {number}: text or label is empty")
-    return [{"text": row["text"], "label": row["label"], "ag_news": False} for row in rows]
+    """Rows of our own, as `load_rows` says."""
+    return [{"text": row.text, "label": row.label, "ag_news": False} for row in read_file(path)]
+
+
+def read_file(path: str | Path, labels: tuple[str, ...] | None = None) -> list[headlines.Row]:
+    """All rows of a file. Raises LabError if one has no label."""
+    rows = list(headlines.read(path, labels))
+    if unlabelled := [row.line for row in rows if row.label is None]:
+        raise LabError(f"{path}, line {unlabelled[0]} has no label")
+    return rows
 
 
 def read_ag_news(source: str) -> list[dict]:
-    """AG News rows from the hub or a CSV: dicts of `title`, `full` (title and description) and `label`.
+    """AG News rows from a file or the hub: dicts of `title`, `full` (title and description) and `label`.
 
     The hub's rows have title and description in one text; it then serves as both.
     """
-    rows = read_rows(source)
-    if not ({"title", "label"} <= rows[0].keys() or {"text", "label"} <= rows[0].keys()):
-        raise LabError(f"{source} has the columns {', '.join(rows[0])}: label and title or text are needed")
-    result = []
-    for row in rows:
-        label = AG_NEWS_LABELS[row["label"]] if row["label"] in range(len(AG_NEWS_LABELS)) else row["label"]
-        if label not in AG_NEWS_LABELS:
-            raise LabError(f"{source}: unknown label {label!r}; AG News has {', '.join(AG_NEWS_LABELS)}")
-        title = row.get("title") or row["text"]
-        full = f"{title}. {row['description']}" if row.get("description") else title
-        result.append({"title": title, "full": full, "label": label})
-    missing = set(AG_NEWS_LABELS) - {row["label"] for row in result}
-    if missing or len(result) < 2 * AG_NEWS_DEV:
-        raise LabError(f"{source} has {len(result)} rows and none of {sorted(missing)}: all four labels are needed")
-    return result
+    if Path(source).suffix.lower().lstrip(".") in headlines.FORMATS:
+        rows = [
+            {"title": row.text, "full": f"{row.text}. {row.description}" if row.description else row.text}
+            | {"label": row.label}
+            for row in read_file(source, AG_NEWS_LABELS)
+        ]
+    else:
+        rows = read_hub(source)
+    missing = set(AG_NEWS_LABELS) - {row["label"] for row in rows}
+    if missing or len(rows) < 2 * AG_NEWS_DEV:
+        raise LabError(f"{source} has {len(rows)} rows and none of {sorted(missing)}: all four labels are needed")
+    return rows
 
 
-def read_rows(source: str | Path) -> list[dict]:
-    """All rows of a CSV file, or of the training split of a hub data set. Raises LabError if there are none."""
+def read_hub(name: str) -> list[dict]:
+    """The training split of AG News on the hub. Raises LabError if it cannot be had."""
     from datasets import load_dataset
 
     try:
-        if Path(source).suffix == ".csv":
-            rows = load_dataset("csv", data_files=str(source), split="train").to_list()
-        else:
-            rows = load_dataset(str(source), split="train").to_list()
+        rows = load_dataset(name, split="train").to_list()
+        return [{"title": row["text"], "full": row["text"], "label": AG_NEWS_LABELS[row["label"]]} for row in rows]
     except Exception as error:  # the library raises a different class for every way a source can be missing
         raise LabError(
-            f"cannot read {source}: {model_files.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
+            f"cannot read {name}: {model_files.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
         ) from error
-    if not rows:
-        raise LabError(f"{source} has no rows")
-    return rows
 
 
 # --- Model ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from conftest import ROOT, run_benchmark
 from benchmark import __main__ as benchmark
 from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
 from benchmark.process import Process
-from lab04 import LabError, artefact, backends, headlines, lab, preparation
+from lab04 import LabError, artefact, backends, lab, preparation
 from lab04.backend import Unavailable
 
 with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
@@ -30,54 +30,6 @@ def data(tmp_path_factory):
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *((text, LABELS[row % 9]) for row, text in enumerate(TEXTS))])
     return path
-
-
-# --- Labelled headlines -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("plain.csv", "text,label\nShares fall,Business\n\nCup final,Sports\n"),
-        ("more-columns.csv", "month,label,text\n2023,Business,Shares fall\n2023,Sports, Cup final \n"),
-        ("byte-order-mark.csv", "\ufefftext,label\nShares fall,Business\nCup final,Sports\n"),
-        ("ag-news.csv", "label,title,description\nBusiness,Shares fall,Why\nSports,Cup final,When\n"),
-        ("ag-news-numbers.csv", '"3","Shares fall","Why"\n"2","Cup final","When"\n'),
-        ("rows.jsonl", '{"text": "Shares fall", "label": "Business"}\n\n{"text": "Cup final", "label": "Sports"}\n'),
-    ],
-)
-def test_formats(tmp_path, name, content):
-    path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
-    assert headlines.read_labelled(path, ["World", "Sports", "Business"]) == (["Shares fall", "Cup final"], [2, 1])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("label.csv", b"text,label\nA,World\nB,Weather\n", "line 3: label 'Weather' is not one of the model's: World"),
-        ("class.csv", b"4,A,B\n", "line 1: label 'Sci/Tech'"),
-        ("empty.csv", b"", "no column text"),
-        ("header-only.csv", b"text,label\n", "no headlines"),
-        ("columns.csv", b"subject,topic\nA,World\n", "no column text"),
-        ("short.csv", b"text,label\nA\n", "line 2 has 1 cells"),
-        ("blank.csv", b"text,label\n ,World\n", "has no headlines"),
-        ("quote.csv", b'text,label\n"A,World\n', "line 2"),
-        ("latin.csv", b"text,label\nCaf\xe9,World\n", "is not UTF-8"),
-        ("rows.jsonl", b'{"text": "A", "label": "World"}\n{"text": "B"}\n', "line 2"),
-        ("rows.jsonl", b"not json\n", "line 1"),
-    ],
-)
-def test_unreadable_data(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(LabError, match=message) as error:
-        headlines.read_labelled(tmp_path / name, ["World", "Sports"])
-    assert "\n" not in str(error.value)
-
-
-def test_missing_data(tmp_path):
-    with pytest.raises(LabError, match="No such file"):
-        headlines.read_labelled(tmp_path / "none.csv", ["World"])
 
 
 # --- A whole run ------------------------------------------------------------------------------------------

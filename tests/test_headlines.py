@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from lab04 import lab
+from lab04 import headlines, lab
 
 LABELS = {"Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"}
 BLOCK = 500  # headlines at a time: all at once take eight gigabytes
@@ -25,7 +25,7 @@ def most_alike(texts: list[str]) -> tuple[float, str, str]:
 
 def test_every_label_has_enough_headlines():
     train, test = (
-        Counter(row["label"] for row in lab.read_rows(path)) for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES)
+        Counter(row.label for row in headlines.read(path)) for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES)
     )
     assert set(train) == set(test) == LABELS
     assert min(train.values()) >= 150
@@ -33,7 +33,7 @@ def test_every_label_has_enough_headlines():
 
 
 def test_no_two_headlines_are_alike():
-    texts = [row["text"] for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES) for row in lab.read_rows(path)]
+    texts = lab.train_texts() + lab.test_texts()
     score, first, second = most_alike(texts)
     assert score < TOO_ALIKE, f"{first!r} and {second!r}"
 
@@ -41,5 +41,5 @@ def test_no_two_headlines_are_alike():
 def test_a_swapped_noun_counts_as_alike():
     pair = ["School in Leeds closes after roof collapse leaves pupils without classrooms"]
     pair.append(pair[0].replace("Leeds", "Derby"))
-    score, _, _ = most_alike([*pair, *(row["text"] for row in lab.read_rows(lab.TEST_HEADLINES))])
+    score, _, _ = most_alike([*pair, *lab.test_texts()])
     assert score >= TOO_ALIKE

@@ -211,10 +211,19 @@ def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, tmp_path):
 
 def test_too_few_texts_are_refused(tmp_path):
     (tmp_path / "texts.txt").write_text("The same\n" * 100)
+    parser = lab.int8_argument_parser("", "")
     with pytest.raises(LabError, match="1 different"):
-        lab.choose_texts(tmp_path / "texts.txt")
+        lab.choose_texts(parser.parse_args(["--texts", str(tmp_path / "texts.txt")]))
     with pytest.raises(LabError, match="cannot read"):
-        lab.choose_texts(tmp_path / "none.txt")
+        lab.choose_texts(parser.parse_args(["--texts", str(tmp_path / "none.txt")]))
+
+
+def test_texts_are_read_as_any_headlines_are(tmp_path):
+    texts = training_texts()[:40]
+    (tmp_path / "texts").write_text("\n".join(["Subject;id", *(f'"{text}";1' for text in texts)]), encoding="utf-16")
+    options = ["--texts", str(tmp_path / "texts"), "--format", "csv", "--text-column", "subject"]
+    chosen = lab.choose_texts(lab.int8_argument_parser("", "").parse_args(options))
+    assert (chosen.prepare, chosen.check) == (texts[::2], texts[1::2])
 
 
 def test_texts_the_tokeniser_does_not_know_are_counted(model_folder):

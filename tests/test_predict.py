@@ -261,13 +261,13 @@ def test_csv_without_text_column(rejected, tmp_path):
     (tmp_path / "wrong.csv").write_text("topic,label\nA headline,topic 1\n")
     assert "no column text" in rejected("--file", tmp_path / "wrong.csv")
     (tmp_path / "none.csv").write_text("")
-    assert "no column text" in rejected("--file", tmp_path / "none.csv")
+    assert "holds no headlines" in rejected("--file", tmp_path / "none.csv")
 
 
 def test_unknown_label(rejected, tmp_path):
     (tmp_path / "labels.csv").write_text("text,label\nA headline,no such topic\n")
     line = rejected("--file", tmp_path / "labels.csv")
-    assert "line 2: unknown label 'no such topic'" in line
+    assert "line 2: label 'no such topic' is not one of the model's" in line
     assert "topic 8" in line
 
 

@@ -117,7 +117,7 @@ def test_damaged_second_graph_or_threshold_is_refused(rechecked, damage, tmp_pat
 def test_predict_says_which_headlines_were_rechecked(rechecked, capsys):
     item = artefact.load(rechecked)
     tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
-    texts = [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)[:40]]
+    texts = lab.train_texts()[:40]
     expected = []
     for text in texts:
         backend.logits(tokenise([text]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_in_process, run_script
 
-from lab04 import classifier, lab
+from lab04 import classifier, headlines, lab
 
 AG_NEWS_LABELS = {"World", "Sports", "Business", "Sci/Tech"}
 TRAIN = "lora-news/train.py"
@@ -24,11 +24,11 @@ def write_csv(path: Path, columns: list[str], rows: list) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
     """A few hundred of our headlines, and all of those with AG News' labels in place of AG News."""
-    folder, rows = tmp_path_factory.mktemp("data"), lab.read_rows(lab.TRAIN_HEADLINES)
-    ag_news = [(row["label"], row["text"]) for row in rows if row["label"] in AG_NEWS_LABELS]
+    folder, rows = tmp_path_factory.mktemp("data"), list(headlines.read(lab.TRAIN_HEADLINES))
+    ag_news = [(row.label, row.text) for row in rows if row.label in AG_NEWS_LABELS]
     return {
         "ag_news": write_csv(folder / "ag_news.csv", ["label", "title"], ag_news),
-        "ours": write_csv(folder / "ours.csv", ["text", "label"], [(r["text"], r["label"]) for r in rows[::10]]),
+        "ours": write_csv(folder / "ours.csv", ["text", "label"], [(row.text, row.label) for row in rows[::10]]),
     }
 
 
@@ -55,7 +55,7 @@ def test_an_adapter_loads_and_is_described(adapter, data):
     record = json.loads((adapter / "training.json").read_text(encoding="utf-8"))
     loaded = classifier.load(str(adapter))
     assert loaded.weights_sha256 == record["weights_sha256"]
-    assert loaded.labels == sorted({row["label"] for row in lab.read_rows(data["ours"])})
+    assert loaded.labels == sorted({row.label for row in headlines.read(data["ours"])})
     assert record["weights_sha256"][:16] in (adapter / "README.md").read_text(encoding="utf-8")
     assert (adapter / "confusion-matrix.png").stat().st_size > 10_000
 
@@ -67,14 +67,14 @@ def test_the_same_seed_gives_the_same_weights(adapter, train):
 def test_scores_are_calibrated_on_the_held_out_headlines(adapter, data):
     from sklearn.metrics import log_loss
 
-    rows = lab.read_rows(data["ours"])
+    rows = list(headlines.read(data["ours"]))
     random.Random(0).shuffle(rows)
     held_out, loaded = rows[: len(rows) // 10], classifier.load(str(adapter))
-    logits = lab.fp32_logits(loaded, [row["text"] for row in held_out])
+    logits = lab.fp32_logits(loaded, [row.text for row in held_out])
 
     def loss(factor: float) -> float:
         scores = np.exp(factor * logits.astype(float))
-        truth = [row["label"] for row in held_out]
+        truth = [row.label for row in held_out]
         return log_loss(truth, scores / scores.sum(axis=1, keepdims=True), labels=loaded.labels)
 
     assert loss(1) <= min(loss(0.9), loss(1.1))
@@ -83,10 +83,10 @@ def test_scores_are_calibrated_on_the_held_out_headlines(adapter, data):
 @pytest.mark.parametrize(
     ("columns", "rows", "message"),
     [
-        (["topic", "headline"], [("World", "A")], "has the columns topic, headline: label and title or text"),
-        (["label", "title"], [("Weather", "A")], "unknown label 'Weather'"),
+        (["topic", "headline"], [("World", "A")], "line 2 has no label"),
+        (["label", "title"], [("Weather", "A")], "line 2: label 'Weather' is not one of"),
         (["label", "title"], [("World", "A")] * 4000, "none of ['Business', 'Sci/Tech', 'Sports']"),
-        (None, None, "Without network, give a CSV"),
+        (None, None, "No such file"),
     ],
 )
 def test_a_wrong_ag_news_file_ends_in_one_line(tmp_path, columns, rows, message):
@@ -100,8 +100,14 @@ def test_a_wrong_ag_news_file_ends_in_one_line(tmp_path, columns, rows, message)
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_empty_cell_is_named_by_its_line(tmp_path, data):
-    ours = write_csv(tmp_path / "ours.csv", ["text", "label"], [("A", "World"), ("", "World")])
+def test_a_hub_that_cannot_be_reached_ends_in_one_line(tmp_path):
+    ended = run_script(TRAIN, "--ag-news", "no-such/data-set", "--output", tmp_path / "adapter")
+    assert ended.returncode == 2
+    assert "Without network, give a CSV" in ended.stderr.splitlines()[-1]
+
+
+def test_a_missing_label_is_named_by_its_line(tmp_path, data):
+    ours = write_csv(tmp_path / "ours.csv", ["text", "label"], [("A", "World"), ("B", "")])
     ended = run_script(TRAIN, "--ag-news", data["ag_news"], "--headlines", ours, "--output", tmp_path / "adapter")
     assert ended.returncode == 2
-    assert f"{ours}, line 3: text or label is empty" in ended.stderr
+    assert f"{ours}, line 3 has no label" in ended.stderr
