@@ -304,8 +304,8 @@ class ChartNames:
 
 def print_summary(runners: list[Runner], tokenise_ms: float, count: int, arguments: argparse.Namespace) -> None:
     """Print one row a backend: what it is, what it weighs, how fast and how right it was."""
-    columns = ("Backend", "Precision", "Device", "Size", "p50", "p95", "Throughput", "Correct", "As FP32*")
-    units = ("", "", "", "MB", "ms", "ms", "samples/s", "", "")
+    columns = ("Backend", "Precision", "Device", "Size", "p50", "p95", "Throughput", "Correct", "As FP32*", "× FP32*")
+    units = ("", "", "", "MB", "ms", "ms", "samples/s", "", "", "")
     rows = [summary_row(runner) for runner in runners]
     widths = [max(map(len, column)) for column in zip(columns, units, *rows, strict=True)]
     print(
@@ -317,7 +317,8 @@ def print_summary(runners: list[Runner], tokenise_ms: float, count: int, argumen
     print(f"\nTokenising took {tokenise_ms:.3f} ms a headline (median), apart from these times; all got the same ids.")
     check = runners[0].artefact.manifest["check"]
     print(
-        f"* same label as the FP32 weights on the lab's {check['headlines']} test headlines, measured when it was built"
+        f"* same label as the FP32 weights, and times as fast as they are in PyTorch, on {check['headlines']} test "
+        "headlines, measured when it was built"
     )
     for runner in runners:
         if runner.backend.rechecked is not None:
@@ -340,6 +341,7 @@ def summary_row(runner: Runner) -> tuple[str, ...]:
         *times,
         f"{runner.correct} of {runner.labelled}" if runner.labelled else "–",
         f"{manifest['check']['agreement']:.1%}",
+        "–" if runner.reason or "speed_up" not in manifest["check"] else f"{manifest['check']['speed_up']:.1f}",
     )
 
 

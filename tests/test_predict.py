@@ -370,3 +370,33 @@ def test_a_chart_shows_what_any_backend_finds_likely_and_the_right_label():
     second = np.array([0.1, 0.5, 0.2, 0.08, 0.0, 0.02, 0.1, 0.0])  # its sixth is the other's fifth
     assert charts.choose_labels([first, second], right=None) == [1, 0, 2, 3, 6, 4]
     assert charts.choose_labels([first, second], right=7) == [1, 0, 2, 3, 6, 4, 7]
+
+
+def test_a_build_says_what_it_bought_and_which_headlines_changed(capsys):
+    texts, labels = ["Stays", "Changes"], ["a", "b"]
+    reference, logits = np.array([[2.0, 0.0], [0.2, 0.0]]), np.array([[1.9, 0.0], [0.0, 0.2]])
+    [changed] = lab.changed_headlines(texts, reference, logits, labels)
+    score = round(1 / (1 + np.exp(-0.2)), 4)
+    assert changed == {
+        "text": "Changes",
+        "fp32": {"label": "a", "score": score},
+        "quantised": {"label": "b", "score": score},
+    }
+    lab.print_bought({"speed_up": 4.56, "fp32_ms": 7.31, "ms": 1.6}, [changed], {"headlines": 2})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "   4.6 times as fast as FP32 PyTorch (7.3 → 1.6 ms), 1 of 2 labels changed",
+        "     a 0.55 → b 0.55: Changes",
+    ]
+
+
+def test_the_summary_shows_fp32_beside_int8(artefact_folder, onnx, predict):
+    check = json.loads((onnx / "manifest.json").read_text())["check"]
+    assert check["speed_up"] == pytest.approx(check["fp32_ms"] / check["ms"], abs=0.02)
+    assert len(check["changed_headlines"]) <= 5
+    result = predict("--charts", "0", "--runs", "1", artefacts=[onnx, artefact_folder("tensorrt")])
+    assert result.returncode == 0, result.stderr
+    rows = {
+        line.split("  ")[0]: line.split()[-1] for line in result.stdout.splitlines() if "INT8" in line or "FP16" in line
+    }
+    assert rows == {"ONNX Quantised": f"{check['speed_up']:.1f}", "TensorRT's graph on the CPU": "–"}
