@@ -34,7 +34,7 @@ def main() -> None:
     prepared = preparation.prepare(fp32, texts.prepare)
 
     with artefact.building(arguments.output) as folder, tempfile.TemporaryDirectory() as scratch:
-        with in_one_line("cannot turn this model into an ONNX graph"):
+        with in_one_line("cannot turn this model into an ONNX graph", OSError):
             print("3. Export to ONNX with Optimum")
             exported = lab.export_onnx(prepared, Path(scratch))
 

@@ -152,8 +152,6 @@ def read_headlines(arguments: argparse.Namespace, labels: list[str]) -> Iterator
     for number, (text, label) in enumerate(given, start=1):
         if not text.strip():
             raise LabError(f"headline {number} is empty")
-        if not headlines.is_unicode(text):
-            raise LabError(f"headline {number} is not UTF-8")
         yield Headline(text, label)
 
 

@@ -38,15 +38,15 @@ class LabError(Exception):
 
 
 @contextlib.contextmanager
-def in_one_line(failed: str) -> Iterator[None]:
+def in_one_line(failed: str, *let_through: type[Exception]) -> Iterator[None]:
     """Turn what a library raises while it reads or converts a user's files into one line that begins with `failed`.
 
-    LabError, a missing package, a closed pipe and faults of our own code go through as they are; with LAB04_DEBUG=1
-    everything does.
+    LabError, a missing package, a closed pipe, `let_through` and faults of our own code go through as they are; with
+    LAB04_DEBUG=1 everything does.
     """
     try:
         yield
-    except (LabError, ModuleNotFoundError, BrokenPipeError):
+    except (LabError, ModuleNotFoundError, BrokenPipeError, *let_through):
         raise
     except Exception as error:
         if os.environ.get("LAB04_DEBUG") or is_ours(error):

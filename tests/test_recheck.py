@@ -72,7 +72,7 @@ def test_second_graph_is_stored_in_fp16_only_where_that_keeps_the_labels(scale, 
     optimum = runpy.run_path(str(ROOT / "lab04-optimum.py"))
     fp32 = classifier.load(model_folder("bert", 9))
     fp32.model.classifier.weight.data *= scale
-    texts = [row["text"] for row in lab.read_rows(lab.TRAIN_HEADLINES)[:20]]
+    texts = lab.train_texts()[:20]
     (tmp_path / "scratch").mkdir()
     optimum["write_exact"](fp32, texts, 1, tmp_path / "scratch", tmp_path / "graph.onnx")
     weights_bytes = sum(parameter.nbytes for parameter in fp32.model.parameters())
