@@ -44,9 +44,10 @@ def in_one_line(failed: str, *let_through: type[Exception]) -> Iterator[None]:
     LabError, a missing package, a closed pipe, `let_through` and faults of our own code go through as they are; with
     LAB04_DEBUG=1 everything does.
     """
+    passing: tuple[type[Exception], ...] = (LabError, ModuleNotFoundError, BrokenPipeError, *let_through)
     try:
         yield
-    except (LabError, ModuleNotFoundError, BrokenPipeError, *let_through):
+    except passing:
         raise
     except Exception as error:
         if os.environ.get("LAB04_DEBUG") or is_ours(error):
