@@ -75,11 +75,11 @@ def draw_overview(plt, rows: dict, threads: list[str], measured: dict):
         points.append((x, y, row, ours))
     axes.set_xscale("log")
     low, high = min(x for x, *_ in points), max(x for x, *_ in points)
-    axes.set_xlim(low / 1.25, high * 1.6)
+    axes.set_xlim(low / 2.8, high * 1.6)  # room for names on both sides
     top = max(y for _, y, *_ in points) or 1
     axes.set_ylim(-0.12 * top, 1.14 * top)
     ticks = [
-        tick for tick in (0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500) if low / 1.3 < tick < high * 1.6
+        tick for tick in (0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500) if low / 2.8 < tick < high * 1.6
     ]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
