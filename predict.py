@@ -302,16 +302,15 @@ class ChartNames:
 
 def print_summary(runners: list[Runner], tokenise_ms: float, count: int, arguments: argparse.Namespace) -> None:
     """Print one row a backend: what it is, what it weighs, how fast and how right it was."""
-    columns = ("Backend", "Precision", "Device", "Size", "p50", "p95", "Throughput", "Correct", "As FP32*", "× FP32*")
-    units = ("", "", "", "MB", "ms", "ms", "samples/s", "", "", "")
-    rows = [summary_row(runner) for runner in runners]
-    widths = [max(map(len, column)) for column in zip(columns, units, *rows, strict=True)]
+    from tabulate import tabulate
+
+    columns = ("Backend", "Precision", "Device", "Size\nMB", "p50\nms", "p95\nms", "Throughput\nsamples/s", "Correct")
+    columns += ("As FP32*", "× FP32*")
     print(
         f"\nSummary: {count} headline{'s' * (count != 1)}, {arguments.runs} timed calls each, batch 1, no padding, "
         f"{arguments.threads} CPU thread{'s' * (arguments.threads != 1)}"
     )
-    for row in (columns, units, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(tabulate(map(summary_row, runners), columns, tablefmt="plain", disable_numparse=True))
     print(f"\nTokenising took {tokenise_ms:.3f} ms a headline (median), apart from these times; all got the same ids.")
     check = runners[0].artefact.manifest["check"]
     print(
