@@ -90,7 +90,7 @@ def test_every_row_comes_out_once_though_a_machine_is_lost(classify, cluster, tm
                 yield table
 
     monkeypatch.setattr(classify, "classified", LosesAMachine)
-    run(classify, monkeypatch, source, output, "--probabilities", "all")
+    run(classify, monkeypatch, source, output, "--probabilities")
     assert f"{len(texts)} headlines, 3 of them with an error" in capsys.readouterr().out
 
     rows = sorted(classify.pa.parquet.read_table(output).to_pylist(), key=lambda row: row["id"])

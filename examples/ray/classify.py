@@ -1,7 +1,7 @@
 """Classify a file of headlines with Ray Data: on this machine, or on the cluster that RAY_ADDRESS names.
 
     python examples/ray/classify.py headlines.csv labelled.parquet       # columns label, score and error are added
-    python examples/ray/classify.py news.parquet labelled.parquet --column title --probabilities all --workers 8
+    python examples/ray/classify.py news.parquet labelled.parquet --column title --probabilities --workers 8
 
 INPUT is Parquet (also a folder of it), CSV or JSON lines, where every machine of the cluster can read it. OUTPUT is
 written here, in the order of completion. Machines need only requirements/ray.txt: our code and the artefact travel.
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--column", default="text", help="column of the headlines (default: %(default)s)")
     add("--workers", type=lab.positive, help="processes of one thread each (default: one a core of the cluster)")
     add("--batch-size", type=lab.positive, default=BATCH, help="headlines a call (default: %(default)s)")
-    add("--probabilities", choices=["top", "all"], default="top", help="all: one more column a label")
+    add("--probabilities", action="store_true", help="one more column for each label")
     return parser.parse_args()
 
 
@@ -166,7 +166,7 @@ def classified(item: artefact.Artefact, arguments: argparse.Namespace):
         fn_constructor_args=(
             shipped,
             arguments.column,
-            arguments.probabilities == "all",
+            arguments.probabilities,
             arguments.input.suffix.lower() in JSON_LINES,
         ),
         compute=ray.data.ActorPoolStrategy(size=workers),
