@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmark import charts, environment, profile, results, tables
 from benchmark.run import ARTEFACTS, Run
-from lab04 import ROOT, LabError, classifier, headlines, lab
+from lab04 import ROOT, LabError, headlines, lab
 
 CPU_ARTEFACTS = ARTEFACTS[:2]
 
@@ -53,9 +53,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
     parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
-    parser.add_argument(
-        "--model", default=classifier.DEFAULT_MODEL, help="their FP32 weights (default: lora-news/adapter)"
-    )
+    lab.add_model_options(parser)
     parser.add_argument(
         "--data",
         type=Path,

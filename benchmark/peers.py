@@ -35,12 +35,12 @@ class Peer:
     open: Callable[[Path, Artefact, int], object]
 
 
-def export_reference(model: str, folder: Path) -> None:
+def export_reference(model: str, labels: str | None, folder: Path) -> None:
     """Write the merged FP32 classifier as an artefact folder: two ONNX graphs, and the weights for `transformers`.
 
     model.onnx is the plain export that peers quantise; FUSED is as fast as FP32 can be made, for a fair comparison.
     """
-    fp32 = classifier.load(model)
+    fp32 = classifier.load(model, labels)
     with artefact.building(folder) as new:
         shutil.move(lab.export_onnx(fp32.model, new / "export"), new / "model.onnx")
         shutil.rmtree(new / "export")

@@ -20,11 +20,11 @@ NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
-    parser.add_argument("--model", default=classifier.DEFAULT_MODEL, help="FP32 weights (default: lora-news/adapter)")
+    lab.add_model_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     arguments = parser.parse_args()
 
-    product = Product(classifier.load(arguments.model))
+    product = Product(classifier.load(arguments.model, arguments.labels))
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, draw in (("weights", draw_weights), ("inputs", draw_inputs), ("headline", draw_headline)):
         path = arguments.output / f"int8-{name}.png"

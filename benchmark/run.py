@@ -59,8 +59,11 @@ class Run:
 
         print("1. Export the FP32 references")
         with self.process("export") as worker:
-            model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
-            worker.ask("export", model=model, reference=str(self.reference))
+            model, labels = (
+                str(Path(given).absolute()) if given and Path(given).exists() else given
+                for given in (arguments.model, arguments.labels)
+            )
+            worker.ask("export", model=model, labels=labels, reference=str(self.reference))
         exported = artefact.load(self.reference)
         built, missing = load_artefacts(arguments.artefacts)
         check_origin(exported, built, arguments.model)

@@ -26,7 +26,7 @@ WARM_UPS = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
-    parser.add_argument("--model", default=classifier.DEFAULT_MODEL, help="FP32 weights (default: lora-news/adapter)")
+    lab.add_model_options(parser)
     parser.add_argument("--data", type=Path, default=lab.TEST_HEADLINES, help="labelled headlines (default: test.csv)")
     headlines.add_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
@@ -34,7 +34,7 @@ def main() -> None:
 
     here = environment.describe()
     folder = arguments.output / environment.folder_name(here, "ablation")
-    fp32 = classifier.load(arguments.model)
+    fp32 = classifier.load(arguments.model, arguments.labels)
     texts, _ = headlines.read_labelled(arguments.data, fp32.labels, **headlines.options(arguments))
     rows = measure(build_variants(fp32), fp32, texts)
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,11 @@ from lab04.recheck import RecheckedBackend
 class Worker:
     """Carries out the commands; a public method is a command, its arguments are the command's fields."""
 
-    def export(self, model: str, reference: str) -> dict:
+    def export(self, model: str, labels: str | None, reference: str) -> dict:
         """Write the FP32 reference folder of a model."""
         from benchmark import peers
 
-        peers.export_reference(model, Path(reference))
+        peers.export_reference(model, labels, Path(reference))
         return {}
 
     def build(self, peer: str, reference: str, folder: str) -> dict:

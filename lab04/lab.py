@@ -35,6 +35,19 @@ READER_GONE = 141  # and for a pipe that nobody reads any more
 def argument_parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """A parser with the arguments all labs have: --model, --labels, --output, --threads."""
     parser = argparse.ArgumentParser(description=first_line(description))
+    add_model_options(parser)
+    parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=backends.DEFAULT_THREADS,
+        help="CPU threads of the check (default: %(default)s)",
+    )
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --labels: the arguments of `classifier.load`."""
     parser.add_argument(
         "--model",
         default=classifier.DEFAULT_MODEL,
@@ -45,14 +58,6 @@ def argument_parser(description: str | None, output: str) -> argparse.ArgumentPa
         metavar="a,b,c|FILE",
         help="names of the model's classes in logit order, or a file with one a line (default: as the model says)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / output, help=f"artefact folder (default: {output})")
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=backends.DEFAULT_THREADS,
-        help="CPU threads of the check (default: %(default)s)",
-    )
-    return parser
 
 
 def int8_argument_parser(description: str, output: str) -> argparse.ArgumentParser:

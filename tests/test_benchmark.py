@@ -338,7 +338,7 @@ def test_worker_ends_with_its_stdin():
 @pytest.fixture(scope="session")
 def reference_folder(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "fp32"
-    peers.export_reference(str(model_folder("bert", 9, 0)), folder)
+    peers.export_reference(str(model_folder("bert", 9, 0)), None, folder)
     return folder
 
 
