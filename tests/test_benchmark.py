@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import cpuinfo
 import numpy as np
@@ -165,6 +166,9 @@ def test_no_name_of_the_overview_covers_another():
 # --- Interruptions, in this process for speed -------------------------------------------------------------
 
 
+describe_once = cache(environment.describe)  # a second for every run: py-cpuinfo starts processes
+
+
 class InProcess:
     """Stands in for benchmark.process.Process: the same commands, carried out here; `limit` more are answered."""
 
@@ -197,6 +201,7 @@ def run_here(monkeypatch, model_folder, artefact_folder, reference_folder, data,
     small = run.QUICK | {"rounds": 2, "headlines_per_round": 2, "batches": [1, 2], "throughput_headlines": 4}
     monkeypatch.setattr(run, "QUICK", small)
     monkeypatch.setattr(run, "Process", InProcess)
+    monkeypatch.setattr(environment, "describe", describe_once)
     monkeypatch.setattr(InProcess, "exported", {str(model_folder("bert", 9)): reference_folder})
 
     def run_limited(*arguments, limit=float("inf")):
@@ -413,7 +418,7 @@ def test_readme_blocks_are_filled(quick_run):
 
 def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EVERY", 100)
-    model = ["--model", str(model_folder("minilm", 9))]
+    model = ["--model", str(model_folder("minilm", 100))]
     monkeypatch.setattr(sys, "argv", ["steps", *model, "--data", str(data), "--output", str(tmp_path)])
     steps.main()
     [folder] = tmp_path.iterdir()

@@ -194,7 +194,7 @@ def test_predict_takes_every_model(model, artefact_folder, capfd):
 # --- A user's own texts ------------------------------------------------------------------------------------
 
 
-def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, tmp_path):
+def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, few_headlines, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(training_texts()[:101]), encoding="utf-8")
     arguments = "--model", model_folder("bert", 9), "--texts", tmp_path / "texts.txt", "--output", tmp_path / "built"
     assert run_in_process("lab04-torch.py", *arguments) == 0
