@@ -368,7 +368,8 @@ def reference_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*peers.REFERENCES, *(name for name in peers.PEERS if name != "torch-compile")])
-def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
+def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CALIBRATION_ROWS", 30)
     peer = (peers.REFERENCES | peers.PEERS)[name]
     needed = {"openvino-int8": "nncf"}.get(name, peer.libraries[0])
     pytest.importorskip(needed)
