@@ -27,7 +27,7 @@ test: .venv/installed-tests ## lint and tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile # what one file's tests share is made once
 
 bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
 	$(RUN) -m benchmark

@@ -27,6 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     texts = lab.choose_texts(arguments)
+    artefact.check_output(arguments.output)
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model, arguments.labels)
 
@@ -62,7 +63,7 @@ def write_exact(fp32: classifier.Classifier, texts: list[str], threads: int, scr
 
     Its weights are stored in FP16 if that changes the label of none of `texts`, else in FP32.
     """
-    network = preparation.trimmed(fp32.model, preparation.typical_inputs(fp32)[0])
+    network = preparation.trimmed(fp32.model, fp32.encode(lab.test_texts()[:8]))
     fused = onnx_graph.fuse(lab.export_onnx(network, scratch), fp32.model.config, scratch / "fused.onnx")
     half = onnx_graph.store_in_fp16(fused, scratch / "fp16.onnx")
     kept = find_labels(half, fp32, texts, threads) == find_labels(fused, fp32, texts, threads)

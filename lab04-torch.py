@@ -19,6 +19,7 @@ def main() -> None:
     arguments = lab.int8_argument_parser(__doc__, output="quantised-model-torch").parse_args()
 
     texts = lab.choose_texts(arguments)
+    artefact.check_output(arguments.output)
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model, arguments.labels)
 

@@ -44,7 +44,7 @@ def export_reference(model: str, labels: str | None, folder: Path) -> None:
     with artefact.building(folder) as new:
         shutil.move(lab.export_onnx(fp32.model, new / "export"), new / "model.onnx")
         shutil.rmtree(new / "export")
-        network = preparation.trimmed(fp32.model, preparation.typical_inputs(fp32)[0])
+        network = preparation.trimmed(fp32.model, fp32.encode(lab.test_texts()[:8]))
         onnx_graph.fuse(lab.export_onnx(network, new / "export"), fp32.model.config, new / FUSED)
         shutil.rmtree(new / "export")
         fp32.model.save_pretrained(new)

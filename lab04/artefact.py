@@ -185,9 +185,7 @@ def building(output: Path | str) -> Iterator[Path]:
     # Unique beyond process ids, which mean nothing between containers that share a volume.
     temporary = output.with_name(f".{output.name}.new-{secrets.token_hex(8)}")
     try:
-        if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
-            raise LabError(f"{output} exists and is no artefact folder: choose another --output")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(output)
         with contextlib.ExitStack() as alive:
             with locked(output.parent):  # a folder that is made but not yet locked would look like a dead build's
                 remove_stale(output)
@@ -202,6 +200,24 @@ def building(output: Path | str) -> Iterator[Path]:
         raise LabError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Raise LabError as `building` would, before the work whose result `output` is to hold."""
+    output = Path(os.path.realpath(output))
+    try:
+        make_room(output)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent):
+            pass
+    except OSError as error:
+        raise LabError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def make_room(output: Path) -> None:
+    """Make the folder that `output` will be in. Raises LabError if there is something else in its place."""
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
+        raise LabError(f"{output} exists and is no artefact folder: choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Only the scripts that train or build import this module; running an artefact nee
 """
 
 import copy
+import functools
 import hashlib
 import inspect
 import logging
@@ -39,7 +40,7 @@ class Classifier:
     labels: list[str]
     weights_sha256: str
 
-    @property
+    @functools.cached_property
     def input_names(self) -> list[str]:
         """Names of the model's inputs, in the order of its forward signature."""
         types = getattr(self.model.config, "type_vocab_size", None)
@@ -47,6 +48,11 @@ class Classifier:
         typed = types > 1 if types is not None else "token_type_ids" in self.tokenizer.model_input_names
         wanted = {"input_ids", "attention_mask"} | ({"token_type_ids"} if typed else set())
         return [name for name in inspect.signature(self.model.forward).parameters if name in wanted]
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens, that the lab gives it."""
+        return artefact.max_length(self)
 
     @property
     def pad_id(self) -> int:
@@ -58,8 +64,7 @@ class Classifier:
         """The model's inputs for a batch of texts, padded to its longest: int64 tensors [batch, sequence]."""
         import torch
 
-        length = artefact.max_length(self)
-        rows = [self.tokenizer(text, truncation=True, max_length=length) for text in texts]
+        rows = [self.tokenizer(text, truncation=True, max_length=self.max_length) for text in texts]
         fill = {"input_ids": self.pad_id}
         return {
             name: torch.nn.utils.rnn.pad_sequence(
@@ -79,11 +84,13 @@ def load(model: str = DEFAULT_MODEL, labels: str | None = None) -> Classifier:
     with one a line. Raises LabError if weights are missing, damaged or without a place in the network, if classes
     have no distinct names, or if the tokeniser does not fit.
     """
+    source = find(model)  # before the imports, which take seconds: a mistyped path is told at once
+    from transformers.utils import import_utils
     from transformers.utils import logging as transformers_logging
 
+    import_utils._sklearn_available = False  # two seconds of imports for a way of generating text, which no lab does
     transformers_logging.set_verbosity_error()  # what they would say is in the loading report, which is read
     transformers_logging.disable_progress_bar()
-    source = find(model)
     saved = read_adapter(source) if source.adapter else {}
     config = read_config(source, saved)
     names = name_classes(config, labels, model)

@@ -155,7 +155,7 @@ def choose_texts(arguments: argparse.Namespace) -> Texts:
 def unknown_share(fp32: classifier.Classifier, texts: list[str]) -> float:
     """Share (0..1) of the tokens of some texts that the tokeniser does not know; special tokens do not count."""
     unknown = fp32.tokenizer.unk_token_id
-    ids = [number for text in texts for number in fp32.tokenizer(text, add_special_tokens=False).input_ids]
+    ids = [number for row in fp32.tokenizer(texts, add_special_tokens=False).input_ids for number in row]
     return ids.count(unknown) / len(ids) if ids and unknown is not None else 0.0
 
 

@@ -33,10 +33,13 @@ def prepare(fp32: classifier.Classifier, texts: list[str] | None = None):
 
 def typical_inputs(fp32: classifier.Classifier, texts: list[str] | None = None) -> list[dict]:
     """Token tensors of some texts, those of one length together, so that none is padded."""
-    by_length: dict[int, list[str]] = {}
+    import torch
+
+    by_length: dict[int, list[dict]] = {}
     for text in texts or lab.train_texts()[::EVERY]:
-        by_length.setdefault(fp32.encode([text])["input_ids"].shape[1], []).append(text)
-    return [fp32.encode(texts) for texts in by_length.values()]
+        row = fp32.encode([text])
+        by_length.setdefault(row["input_ids"].shape[1], []).append(row)
+    return [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in by_length.values()]
 
 
 def trimmed(model, batch: dict):

@@ -49,7 +49,7 @@ def training_texts() -> list[str]:
 
 
 def small_config(family: str, vocabulary: int, **options):
-    """A two-layer configuration of a family. `minilm` is BERT in the shape of all-MiniLM-L6-v2, but two layers."""
+    """A two-layer configuration of a family. `minilm` is BERT as all-MiniLM-L6-v2 is, half as wide: the widest here."""
     import transformers
 
     shape = {"num_hidden_layers": 2, "vocab_size": vocabulary, "initializer_range": 0.07, **options}
@@ -58,8 +58,8 @@ def small_config(family: str, vocabulary: int, **options):
         case "bert":
             return transformers.BertConfig(**shape, **small, max_position_embeddings=POSITIONS)
         case "minilm":
-            minilm = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
-            return transformers.BertConfig(**{**shape, **minilm, "initializer_range": 0.05})
+            minilm = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768}
+            return transformers.BertConfig(**{**shape, **minilm, "initializer_range": 0.05, **options})
         case "distilbert":
             return transformers.DistilBertConfig(
                 **{
@@ -128,15 +128,16 @@ def decide_labels(network, tokenizer) -> None:
         head.bias.copy_(-weight @ mean)
 
 
-def write_model(folder: Path, family: str, labels: int, seed: int = 0) -> Path:
-    """Write a random model of a family as `save_pretrained` does."""
+def write_model(folder: Path, family: str, labels: int, seed: int = 0, **shape) -> Path:
+    """Write a random model of a family as `save_pretrained` does; `shape` is another than the family's."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     tokenizer = small_tokenizer(family)
     names = {index: f"topic {index}" for index in range(labels)}
-    config = small_config(family, len(tokenizer), id2label=names, label2id={v: k for k, v in names.items()})
+    numbers = {name: index for index, name in names.items()}
+    config = small_config(family, len(tokenizer), id2label=names, label2id=numbers, **shape)
     network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     decide_labels(network, tokenizer)
     network.save_pretrained(folder)
@@ -170,17 +171,39 @@ def copy_model(source: Path, target: Path, **config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Callable[..., Path]:
+def shared_folder(tmp_path_factory) -> Callable[..., Path]:
+    """`shared_folder(name, write)`: a folder that `write(folder)` filled once, whichever worker needed it first."""
+    from lab04 import artefact
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def share(name: str, write: Callable[[Path], object]) -> Path:
+        place = root / "shared" / name
+        place.mkdir(parents=True, exist_ok=True)
+        with artefact.locked(place):
+            if not (place / "written").exists():
+                write(place / "folder")
+                (place / "written").touch()
+        return place / "folder"
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def model_folder(shared_folder) -> Callable[..., Path]:
     """`model_folder(family, labels)`: the folder of a random model; family `adapter` is LoRA over a BERT."""
 
-    @cache
-    def build(family: str, labels: int, seed: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"{family}-{labels}-")
-        if family == "adapter":
-            return write_adapter(folder, build("bert", labels, seed))
-        return write_model(folder, family, labels, seed)
+    def build(family: str, labels: int, seed: int = 0) -> Path:
+        def write(folder: Path) -> None:
+            if family == "adapter":
+                write_adapter(folder, build("bert", labels, seed))
+            else:
+                write_model(folder, family, labels, seed)
 
-    return lambda family, labels, seed=0: build(family, labels, seed)
+        return shared_folder(f"{family}-{labels}-{seed}", write)
+
+    return build
 
 
 # --- Scripts ----------------------------------------------------------------------------------------------
@@ -210,17 +233,40 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def few_headlines(monkeypatch) -> None:
+    """Labs in this process look at some hundred headlines, for tests that are not about what they find there."""
+    from lab04 import preparation
+
+    check_few_headlines(monkeypatch)
+    monkeypatch.setattr(preparation, "EVERY", 100)
+
+
+def check_few_headlines(monkeypatch) -> None:
+    """Let the labs prepare a network as ever, but check and time it on fewer headlines."""
+    from lab04 import lab
+
+    texts = lab.test_texts()[:100]
+    monkeypatch.setattr(lab, "test_texts", lambda: texts)
+    monkeypatch.setattr(lab, "TIMED", 20)
+
+
 @pytest.fixture(scope="session")
-def artefact_folder(model_folder, tmp_path_factory) -> Callable[..., Path]:
+def artefact_folder(model_folder, shared_folder) -> Callable[..., Path]:
     """`artefact_folder(backend, family, labels)`: a lab's artefact of a random model, for reading only."""
     scripts = {"torch": "lab04-torch.py", "onnx": "lab04-optimum.py", "tensorrt": "lab04-nvidia.py"}
 
-    @cache
-    def build(backend: str, family: str, labels: int, seed: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"{backend}-{family}-{labels}-") / f"quantised-model-{backend}"
-        code = run_in_process(scripts[backend], "--model", model_folder(family, labels, seed), "--output", folder)
-        # 3: the FP16 graph is written, but there is no GPU here to build its engine
-        assert code == 0 or (code == 3 and backend == "tensorrt"), f"{scripts[backend]} ended with {code}"
-        return folder
+    def build(backend: str, family: str = "bert", labels: int = 9, seed: int = 0) -> Path:
+        name = f"quantised-model-{backend}"
 
-    return lambda backend, family="bert", labels=9, seed=0: build(backend, family, labels, seed)
+        def write(folder: Path) -> None:
+            model = model_folder(family, labels, seed)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                check_few_headlines(monkeypatch)
+                code = run_in_process(scripts[backend], "--model", model, "--output", folder / name)
+            # 3: the FP16 graph is written, but there is no GPU here to build its engine
+            assert code == 0 or (code == 3 and backend == "tensorrt"), f"{scripts[backend]} ended with {code}"
+
+        return shared_folder(f"{backend}-{family}-{labels}-{seed}", write) / name
+
+    return build

@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import cpuinfo
 import numpy as np
 import pytest
-from conftest import ROOT, run_benchmark
+from conftest import ROOT, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
 from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
@@ -20,27 +21,34 @@ from lab04.backend import Unavailable
 
 with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
     TEXTS = [row["text"] for row in csv.DictReader(file)][:40]
-LABELS = [f"topic {index}" for index in range(9)]  # those of the random models
+
+
+def write_data(path, labels: int):
+    """Forty of the lab's headlines under the labels of a random model."""
+    rows = [(text, f"topic {row % labels}") for row, text in enumerate(TEXTS)]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Forty of the lab's headlines under the labels of the random models."""
-    path = tmp_path_factory.mktemp("data") / "headlines.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *((text, LABELS[row % 9]) for row, text in enumerate(TEXTS))])
-    return path
+    return write_data(tmp_path_factory.mktemp("data") / "headlines.csv", labels=9)
 
 
 # --- A whole run ------------------------------------------------------------------------------------------
 
 
+OTHER_CLASSES = ("distilbert", 2)  # a family and a number of classes that are not the lab's own
+
+
 @pytest.fixture(scope="session")
-def quick_run(model_folder, artefact_folder, data, tmp_path_factory):
+def quick_run(model_folder, artefact_folder, tmp_path_factory):
     """`python -m benchmark --quick` on the three artefacts of one model: its process and results folder."""
     output = tmp_path_factory.mktemp("results")
-    built = [artefact_folder(backend) for backend in ("torch", "onnx", "tensorrt")]
-    arguments = ["--artefacts", *built, "--model", model_folder("bert", 9, 0), "--data", data, "--output", output]
+    data = write_data(tmp_path_factory.mktemp("data") / "headlines.csv", labels=2)
+    built = [artefact_folder(backend, *OTHER_CLASSES) for backend in ("torch", "onnx", "tensorrt")]
+    arguments = ["--artefacts", *built, "--model", model_folder(*OTHER_CLASSES), "--data", data, "--output", output]
     process = run_benchmark("--quick", *arguments)
     assert process.returncode == 0, process.stderr
     [folder] = output.iterdir()
@@ -71,6 +79,13 @@ def test_quick_run_measures_everything(quick_run):
     assert measured["tokenisation"]["p50_ms"] > 0
 
 
+def test_a_model_of_another_class_count_is_measured(quick_run):
+    measured = results.load(quick_run[1])
+    assert measured["settings"]["labels"] == ["topic 0", "topic 1"]
+    for name in ("fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8", "tensorrt-fp16-graph"):
+        assert np.array(measured["backends"][name]["quality"]["confusion"]).shape == (2, 2)
+
+
 def test_tensorrt_without_gpu_is_a_row_with_its_reason(quick_run):
     measured = results.load(quick_run[1])
     engine, graph = measured["backends"]["tensorrt-fp16"], measured["backends"]["tensorrt-fp16-graph"]
@@ -81,9 +96,10 @@ def test_tensorrt_without_gpu_is_a_row_with_its_reason(quick_run):
     assert graph["latency"] == graph["throughput"] == {} and graph["cold_start"] is None, "no speed is claimed for it"
 
 
-def test_results_know_their_origin(quick_run, model_folder, artefact_folder):
+def test_results_know_their_origin(quick_run, artefact_folder):
     measured = results.load(quick_run[1])
-    assert measured["settings"]["weights_sha256"] == artefact.load(artefact_folder("torch")).manifest["weights_sha256"]
+    built = artefact.load(artefact_folder("torch", *OTHER_CLASSES))
+    assert measured["settings"]["weights_sha256"] == built.manifest["weights_sha256"]
     here = measured["environment"]
     assert here["cpu"] and here["cores"] >= 1 and here["libraries"]["torch"]
     assert quick_run[1].name == environment.folder_name(here)
@@ -115,20 +131,20 @@ def test_redraw_gives_the_same_results(quick_run, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     shutil.copy(quick_run[1] / results.JOURNAL, copy)
-    assert run_benchmark("--redraw", copy).returncode == 0
+    assert run_in_process("benchmark/__main__.py", "--redraw", copy) == 0
     assert results.load(copy) == results.load(quick_run[1])
 
 
 def test_committed_results_are_drawn_again_without_a_journal(quick_run, tmp_path):
     shutil.copy(quick_run[1] / results.RESULTS, tmp_path)
-    assert run_benchmark("--redraw", tmp_path).returncode == 0
+    assert run_in_process("benchmark/__main__.py", "--redraw", tmp_path) == 0
     assert (tmp_path / "overview.png").read_bytes() == (quick_run[1] / "overview.png").read_bytes()
 
 
-def test_redraw_needs_results(tmp_path):
-    process = run_benchmark("--redraw", tmp_path)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1 and "no readable" in process.stderr
+def test_redraw_needs_results(tmp_path, capsys):
+    assert run_in_process("benchmark/__main__.py", "--redraw", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no readable" in error
 
 
 def test_no_name_of_the_overview_covers_another():
@@ -150,11 +166,15 @@ def test_no_name_of_the_overview_covers_another():
 # --- Interruptions, in this process for speed -------------------------------------------------------------
 
 
+describe_once = cache(environment.describe)  # a second for every run: py-cpuinfo starts processes
+
+
 class InProcess:
     """Stands in for benchmark.process.Process: the same commands, carried out here; `limit` more are answered."""
 
     limit = float("inf")
     asked = 0
+    exported: dict = {}  # model: the folder that it was exported to, once for all runs
 
     def __init__(self, _log, _threads=1):
         self.worker = worker.Worker()
@@ -163,6 +183,9 @@ class InProcess:
         InProcess.asked += 1
         if InProcess.asked > InProcess.limit:
             raise KeyboardInterrupt
+        if do == "export" and fields["model"] in InProcess.exported:
+            shutil.copytree(InProcess.exported[fields["model"]], fields["reference"])
+            return {}
         return getattr(self.worker, do)(**json.loads(json.dumps(fields)))
 
     def __enter__(self):
@@ -173,11 +196,13 @@ class InProcess:
 
 
 @pytest.fixture
-def run_here(monkeypatch, model_folder, artefact_folder, data, tmp_path):
+def run_here(monkeypatch, model_folder, artefact_folder, reference_folder, data, tmp_path):
     """`run_here(*arguments, limit=n)`: a tiny run in this process that Ctrl-C ends after n commands."""
     small = run.QUICK | {"rounds": 2, "headlines_per_round": 2, "batches": [1, 2], "throughput_headlines": 4}
     monkeypatch.setattr(run, "QUICK", small)
     monkeypatch.setattr(run, "Process", InProcess)
+    monkeypatch.setattr(environment, "describe", describe_once)
+    monkeypatch.setattr(InProcess, "exported", {str(model_folder("bert", 9)): reference_folder})
 
     def run_limited(*arguments, limit=float("inf")):
         InProcess.limit, InProcess.asked = limit, 0
@@ -343,7 +368,8 @@ def reference_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*peers.REFERENCES, *(name for name in peers.PEERS if name != "torch-compile")])
-def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path):
+def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CALIBRATION_ROWS", 30)
     peer = (peers.REFERENCES | peers.PEERS)[name]
     needed = {"openvino-int8": "nncf"}.get(name, peer.libraries[0])
     pytest.importorskip(needed)
@@ -393,7 +419,7 @@ def test_readme_blocks_are_filled(quick_run):
 
 def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EVERY", 100)
-    model = ["--model", str(model_folder("minilm", 9))]
+    model = ["--model", str(model_folder("minilm", 100))]
     monkeypatch.setattr(sys, "argv", ["steps", *model, "--data", str(data), "--output", str(tmp_path)])
     steps.main()
     [folder] = tmp_path.iterdir()

@@ -13,7 +13,7 @@ from lab04 import artefact, backends, classifier, lab, onnx_graph
 
 
 def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_path):
-    built = artefact.load(artefact_folder("onnx", "minilm"))
+    built = artefact.load(artefact_folder("onnx", "minilm", 100))
     shipped = onnx.load(built.model_file).graph
     assert {node.domain for node in shipped.node} <= {"", "com.microsoft"}, "any language's ONNX Runtime runs it"
     options = onnxruntime.SessionOptions()
@@ -73,7 +73,8 @@ def test_batches_give_each_headline_its_own_label(artefact_folder):
         assert (batch.argmax(1) == single.argmax(1)).mean() > 0.9
 
 
-def test_the_profile_names_what_takes_the_time(artefact_folder, tmp_path, capsys):
+def test_the_profile_names_what_takes_the_time(artefact_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile, "HEADLINES", 40)
     profile.run([artefact_folder("torch"), artefact_folder("onnx")], threads=1, output=tmp_path)
     [folder] = tmp_path.iterdir()
     torch_us, onnx_us = (row["operators_us"] for row in results.load(folder)["backends"].values())

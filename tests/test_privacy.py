@@ -1,13 +1,16 @@
-"""Nothing leaves the machine unasked: no telemetry is kept, and what is local opens no connection."""
+"""Scripts as a user starts them, from any folder: they do their work, keep no telemetry and connect nowhere."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from conftest import ROOT, run_script
+
+from lab04 import artefact
 
 # Reports every attempt of Python code to reach another machine.
 HOOK = """
@@ -21,31 +24,56 @@ sys.addaudithook(hook)
 VARIABLES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
-@pytest.fixture
-def empty_home(tmp_path):
+LABS = {"lab04-torch.py": 0, "lab04-optimum.py": 0, "lab04-nvidia.py": 3}  # and how they end here: without a GPU
+SCRIPTS = (*LABS, "predict.py", "examples/triton/model_repository.py")
+
+
+def empty_home(folder) -> dict[str, str]:
     """An environment with a home of its own and a record of connections, and none of the variables set."""
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(HOOK)
     kept = {k: v for k, v in os.environ.items() if k not in VARIABLES and not k.startswith("XDG_")}
-    home = {"HOME": str(tmp_path / "home"), "CONNECTIONS": str(tmp_path / "connections")}
-    (tmp_path / "home").mkdir()
-    return {**kept, **home, "PYTHONPATH": str(tmp_path / "hook")}
+    home = {"HOME": str(folder / "home"), "CONNECTIONS": str(folder / "connections")}
+    (folder / "home").mkdir()
+    return {**kept, **home, "PYTHONPATH": str(folder / "hook")}
 
 
-def test_scripts_keep_no_telemetry_and_connect_nowhere(empty_home, model_folder, artefact_folder, tmp_path):
-    model, output = model_folder("bert", 9), tmp_path / "built"
-    folders = [artefact_folder(name) for name in ("torch", "onnx")]
-    for script, arguments in {
-        "lab04-torch.py": ("--model", model, "--output", output),
-        "lab04-optimum.py": ("--model", model, "--output", output),
-        "predict.py": ("--artefacts", *folders, "--output", tmp_path),
-        "examples/triton/model_repository.py": ("--artefacts", folders[1], "--output", tmp_path / "models"),
-    }.items():
-        result = run_script(script, *arguments, env=empty_home)
-        assert result.returncode == 0, result.stderr
-        written = [str(path) for path in (tmp_path / "home").rglob("*")]
-        assert not [path for path in written if "onnxruntime" in path or "DeveloperTools" in path], script
-        assert not (tmp_path / "connections").exists(), script
+@pytest.fixture(scope="module")
+def started(model_folder, artefact_folder, tmp_path_factory):
+    """`started(script)`: its process, run once, and the folder with the `home` and `work` folders it was given."""
+
+    @cache
+    def start(script: str):
+        folders = [artefact_folder("torch"), artefact_folder("onnx")]
+        arguments = {
+            "predict.py": ("--artefacts", *folders),
+            "examples/triton/model_repository.py": ("--artefacts", folders[1], "--output", "models"),
+        }.get(script, ("--model", model_folder("distilbert", 2), "--output", "built"))
+        folder = tmp_path_factory.mktemp("started")
+        (folder / "work").mkdir()
+        return run_script(script, *arguments, cwd=folder / "work", env=empty_home(folder)), folder
+
+    return start
+
+
+@pytest.mark.parametrize("script, code", LABS.items())
+def test_labs_run_as_commands_from_any_folder(script, code, started):
+    result, folder = started(script)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "\nWrote " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Next: ")
+    assert artefact.load(folder / "work" / "built").labels == ["topic 0", "topic 1"]
+    assert sorted(path.name for path in (folder / "work").iterdir()) == ["built"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_keep_no_telemetry_and_connect_nowhere(script, started):
+    result, folder = started(script)
+    assert result.returncode == LABS.get(script, 0), result.stderr
+    written = [str(path) for path in (folder / "home").rglob("*")]
+    assert not [path for path in written if "onnxruntime" in path or "DeveloperTools" in path]
+    assert not (folder / "connections").exists()
 
 
 def test_a_users_own_setting_wins():
@@ -56,7 +84,7 @@ def test_a_users_own_setting_wins():
         assert json.loads(result.stdout) == expected
 
 
-def test_cpp_example_keeps_no_telemetry(empty_home, artefact_folder, tmp_path):
+def test_cpp_example_keeps_no_telemetry(artefact_folder, tmp_path):
     from test_portability import EXAMPLES, INCLUDE
 
     if not shutil.which("c++") or not (INCLUDE / "onnxruntime_c_api.h").exists():
@@ -64,5 +92,7 @@ def test_cpp_example_keeps_no_telemetry(empty_home, artefact_folder, tmp_path):
     folder = shutil.copytree(EXAMPLES / "cpp", tmp_path / "cpp")
     make = ["make", "--always-make", f"INCLUDE={INCLUDE}", f"PYTHON={sys.executable}"]
     subprocess.run(make, cwd=folder, check=True, capture_output=True)
-    subprocess.run([folder / "classify", artefact_folder("onnx")], env=empty_home, check=True, capture_output=True)
+    subprocess.run(
+        [folder / "classify", artefact_folder("onnx")], env=empty_home(tmp_path), check=True, capture_output=True
+    )
     assert not list((tmp_path / "home").rglob("*onnxruntime*"))

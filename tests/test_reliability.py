@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import HEADLINES, ROOT, run_in_process
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lab04 import LabError, artefact, backends, classifier, consistency, lab
@@ -40,9 +41,9 @@ STRANGE = [
     *("$", "$3tn … $1bn", "{bad$", "$\\frac{1}{2}$", "<b>&amp;</b>", "<script>alert(1)</script>"),
     *("[CLS] [SEP] [PAD] [MASK] [UNK]", "</s><s><pad>", "qzxj qzxjv xqzjk"),
 ]
-LONG = ["A" * 100_000, "word " * 20_000, "🙂" * 25_000, "\ud800" * 30_000]
+LONG = ["A" * 100_000, "word " * 20_000, "🙂" * 25_000, "\ud800" * 30_000]  # once: tokenising them takes its time
 TEXTS = st.one_of(
-    st.sampled_from(STRANGE + LONG),
+    st.sampled_from(STRANGE + [text[:5000] for text in LONG]),
     st.text(max_size=200),  # every plane of Unicode but surrogates
     st.text(st.characters(categories=["Cs", "Cc", "Cf", "Zs"]), max_size=60),
     st.builds(" ".join, st.lists(st.sampled_from(STRANGE + HEADLINES), max_size=6)),
@@ -65,6 +66,7 @@ def test_any_text_gets_probabilities(runners, model_folder, record_property):
     agreed, count = Counter(), Counter()
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @example(LONG + HEADLINES + [""])
     @given(st.lists(TEXTS, min_size=EACH, max_size=EACH))
     def property_of_texts(texts):
         reference = consistency.softmax(lab.fp32_logits(fp32, [artefact.clean(text) for text in texts]))
@@ -195,18 +197,28 @@ def test_manifest_that_is_none(text, copied):
 # --- Builds that do not come to their end -----------------------------------------------------------------
 
 
-def build_in_fork(action) -> int:
-    """Run `action` in a forked process, where torch and transformers are imported already. Returns its id."""
-    process = os.fork()
-    if not process:
-        code = 70
-        with contextlib.suppress(BaseException):
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
-            code = action() or 0
-        os._exit(code)
-    return process
+@pytest.fixture
+def build_in_fork(tmp_path_factory):
+    """`build_in_fork(action)`: the id of a forked process, with torch and transformers imported, that runs `action`.
+
+    What it leaves in the folder of temporary files when it is killed is cleared away with those of the tests.
+    """
+    scratch = tmp_path_factory.mktemp("scratch")
+
+    def fork(action) -> int:
+        process = os.fork()
+        if not process:
+            code = 70
+            with contextlib.suppress(BaseException):
+                tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
+                code = action() or 0
+            os._exit(code)
+        return process
+
+    return fork
 
 
 def copy_build(source: Path, output: Path, pause: float = 0) -> None:
@@ -217,7 +229,7 @@ def copy_build(source: Path, output: Path, pause: float = 0) -> None:
             time.sleep(pause)
 
 
-def test_kill_at_every_file_operation_leaves_old_new_or_none(artefact_folder, tmp_path):
+def test_kill_at_every_file_operation_leaves_old_new_or_none(build_in_fork, artefact_folder, tmp_path):
     """The process kills itself before the first, second, third … operation on files, until a build comes through."""
     old, new = artefact_folder("onnx"), artefact_folder("onnx", "bert", 9, 1)
     versions = {artefact.load(folder).manifest["sha256"]: name for folder, name in ((old, "old"), (new, "new"))}
@@ -255,7 +267,10 @@ def test_kill_at_every_file_operation_leaves_old_new_or_none(artefact_folder, tm
 
 
 @pytest.mark.parametrize("backend", LABS)
-def test_kill_at_random_points_leaves_old_artefact_or_none(backend, artefact_folder, model_folder, tmp_path):
+@pytest.mark.usefixtures("few_headlines")
+def test_kill_at_random_points_leaves_old_artefact_or_none(
+    backend, build_in_fork, artefact_folder, model_folder, tmp_path
+):
     output = shutil.copytree(artefact_folder(backend), tmp_path / "built")
     old = artefact.load(output).manifest["sha256"]
     model = model_folder("bert", 9, 1)
@@ -283,7 +298,7 @@ def test_kill_at_random_points_leaves_old_artefact_or_none(backend, artefact_fol
     assert [path.name for path in tmp_path.iterdir()] == ["built"]
 
 
-def test_two_builds_of_one_folder_at_once(artefact_folder, tmp_path):
+def test_two_builds_of_one_folder_at_once(build_in_fork, artefact_folder, tmp_path):
     sources = [artefact_folder("onnx"), artefact_folder("onnx", "bert", 9, 1), artefact_folder("torch")]
     versions = {artefact.load(folder).manifest["sha256"] for folder in sources}
     output = tmp_path / "built"
@@ -297,7 +312,8 @@ def test_two_builds_of_one_folder_at_once(artefact_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["built"]
 
 
-def test_two_labs_writing_one_folder_at_once(model_folder, tmp_path):
+@pytest.mark.usefixtures("few_headlines")
+def test_two_labs_writing_one_folder_at_once(build_in_fork, model_folder, tmp_path):
     output = tmp_path / "built"
     processes = [
         build_in_fork(lambda s=script: run_in_process(s, "--model", model_folder("bert", 9), "--output", output))
@@ -310,6 +326,7 @@ def test_two_labs_writing_one_folder_at_once(model_folder, tmp_path):
 
 @pytest.mark.parametrize("script", LABS.values())
 @pytest.mark.parametrize("kilobytes", [4, 200])
+@pytest.mark.usefixtures("few_headlines")
 def test_full_disk_keeps_the_old_artefact(script, kilobytes, artefact_folder, model_folder, tmp_path, capfd):
     """A real file system with less room than the new artefact needs."""
     disk = tmp_path / "disk"
@@ -332,7 +349,8 @@ def test_full_disk_keeps_the_old_artefact(script, kilobytes, artefact_folder, mo
 
 
 @pytest.mark.parametrize("script", LABS.values())
-def test_file_that_may_not_grow_keeps_the_old_artefact(script, artefact_folder, model_folder, tmp_path):
+@pytest.mark.usefixtures("few_headlines")
+def test_file_that_may_not_grow_keeps_the_old_artefact(script, build_in_fork, artefact_folder, model_folder, tmp_path):
     """The limit on file sizes fails a write as a full disk does, and any user may set it."""
     output = shutil.copytree(artefact_folder("torch"), tmp_path / "built")
     before = artefact.load(output).manifest
@@ -391,6 +409,7 @@ def test_pickled_weights_are_not_loaded(model_folder, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("model_type", ["bert", "unheard-of"])
+@pytest.mark.usefixtures("few_headlines")
 def test_code_in_a_model_folder_is_not_run(model_type, model_folder, tmp_path, capfd):
     folder = shutil.copytree(model_folder("bert", 9), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

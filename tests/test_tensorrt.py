@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stand_in_device
-from conftest import ROOT, run_in_process
+from conftest import ROOT, check_few_headlines, run_in_process
 
 from lab04 import LabError, artefact, backends, classifier, consistency, lab, tensorrt_build, tensorrt_engine
 from lab04.backend import Unavailable
@@ -34,8 +34,8 @@ def fp32(model_folder):
 
 @pytest.fixture(scope="module")
 def minilm(artefact_folder, model_folder):
-    """Artefact and FP32 of a model of MiniLM's width that reads 128 tokens."""
-    return artefact.load(artefact_folder("tensorrt", "minilm")), classifier.load(str(model_folder("minilm", 9, 0)))
+    """Artefact and FP32 of the widest model here, which reads 128 tokens."""
+    return artefact.load(artefact_folder("tensorrt", "minilm", 100)), classifier.load(str(model_folder("minilm", 100)))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def engine_folder(model_folder, tmp_path_factory):
     """What the lab writes on the stand-in device."""
     folder = tmp_path_factory.mktemp("engine") / "quantised-model-tensorrt"
     with pytest.MonkeyPatch.context() as monkeypatch:
+        check_few_headlines(monkeypatch)
         machine = stand_in_device.install(monkeypatch)
         assert run_in_process(SCRIPT, "--model", model_folder("bert", 9, 0), "--output", folder) == 0
         assert machine.everything_freed()
@@ -333,7 +334,7 @@ def test_mistakes_are_noticed(engine_folder, fp32, monkeypatch, mistake):
         run_runtime(source.replace(right, wrong), engine_folder, fp32, machine)
 
 
-def test_a_wrong_engine_is_not_accepted(model_folder, monkeypatch, tmp_path, capsys):
+def test_a_wrong_engine_is_not_accepted(model_folder, few_headlines, monkeypatch, tmp_path, capsys):
     """The engine's logits decide: what the original lab got wrong ends with an error and no artefact."""
     stand_in_device.install(monkeypatch)
     right = stand_in_device.memcpy_htod_async
@@ -357,7 +358,7 @@ def test_a_wrong_engine_is_not_accepted(model_folder, monkeypatch, tmp_path, cap
     assert error.count("\n") == 1
 
 
-def test_check_prints_a_line_for_every_assumption(model_folder, device, tmp_path, capsys):
+def test_check_prints_a_line_for_every_assumption(model_folder, few_headlines, device, tmp_path, capsys):
     output = tmp_path / "quantised-model-tensorrt"
     assert run_in_process(SCRIPT, "--check", "--model", model_folder("bert", 2), "--output", output) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("PASS", "FAIL", "SKIP")]
@@ -626,7 +627,9 @@ def test_a_driver_too_old_to_build_is_a_skip(graph_artefact, monkeypatch, tmp_pa
         build_here(graph_artefact, tmp_path)
 
 
-def test_without_a_gpu_the_graph_is_written_and_the_code_is_3(model_folder, device, monkeypatch, tmp_path, capsys):
+def test_without_a_gpu_the_graph_is_written_and_the_code_is_3(
+    model_folder, few_headlines, device, monkeypatch, tmp_path, capsys
+):
     broken_module(monkeypatch, "pycuda.driver", ImportError("libcuda.so.1: cannot open shared object file"))
     output = tmp_path / "quantised-model-tensorrt"
     assert run_in_process(SCRIPT, "--model", model_folder("bert", 2), "--output", output) == 3
@@ -664,7 +667,7 @@ def test_ctrl_c_stops_the_build(graph_artefact, device, monkeypatch, tmp_path):
         build_here(graph_artefact, tmp_path)
 
 
-def test_the_profile_is_what_was_asked_for(model_folder, device, tmp_path):
+def test_the_profile_is_what_was_asked_for(model_folder, few_headlines, device, tmp_path):
     output = tmp_path / "quantised-model-tensorrt"
     options = ("--min", "1x2", "--opt", "2x8", "--max", "4x64", "--workspace-mb", "512")
     assert run_in_process(SCRIPT, "--model", model_folder("distilbert", 2), "--output", output, *options) == 0
