@@ -85,10 +85,8 @@ def load(model: str = DEFAULT_MODEL, labels: str | None = None) -> Classifier:
     have no distinct names, or if the tokeniser does not fit.
     """
     source = find(model)  # before the imports, which take seconds: a mistyped path is told at once
-    from transformers.utils import import_utils
     from transformers.utils import logging as transformers_logging
 
-    import_utils._sklearn_available = False  # two seconds of imports for a way of generating text, which no lab does
     transformers_logging.set_verbosity_error()  # what they would say is in the loading report, which is read
     transformers_logging.disable_progress_bar()
     saved = read_adapter(source) if source.adapter else {}

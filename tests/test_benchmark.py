@@ -11,7 +11,7 @@ from functools import cache
 import cpuinfo
 import numpy as np
 import pytest
-from conftest import ROOT, run_benchmark, run_in_process
+from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
 from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
@@ -48,8 +48,14 @@ def quick_run(model_folder, artefact_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
     data = write_data(tmp_path_factory.mktemp("data") / "headlines.csv", labels=2)
     built = [artefact_folder(backend, *OTHER_CLASSES) for backend in ("torch", "onnx", "tensorrt")]
-    arguments = ["--artefacts", *built, "--model", model_folder(*OTHER_CLASSES), "--data", data, "--output", output]
-    process = run_benchmark("--quick", *arguments)
+    unnamed = copy_model(
+        model_folder(*OTHER_CLASSES),
+        tmp_path_factory.mktemp("model") / "unnamed",
+        id2label={"0": "LABEL_0", "1": "LABEL_1"},
+        label2id={"LABEL_0": 0, "LABEL_1": 1},
+    )
+    arguments = ["--artefacts", *built, "--model", unnamed, "--labels", "topic 0,topic 1", "--data", data]
+    process = run_benchmark("--quick", *arguments, "--output", output)
     assert process.returncode == 0, process.stderr
     [folder] = output.iterdir()
     return process, folder
@@ -79,7 +85,7 @@ def test_quick_run_measures_everything(quick_run):
     assert measured["tokenisation"]["p50_ms"] > 0
 
 
-def test_a_model_of_another_class_count_is_measured(quick_run):
+def test_a_model_of_another_class_count_named_by_hand_is_measured(quick_run):
     measured = results.load(quick_run[1])
     assert measured["settings"]["labels"] == ["topic 0", "topic 1"]
     for name in ("fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8", "tensorrt-fp16-graph"):
