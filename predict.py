@@ -304,8 +304,8 @@ def print_summary(runners: list[Runner], tokenise_ms: float, count: int, argumen
     """Print one row a backend: what it is, what it weighs, how fast and how right it was."""
     from tabulate import tabulate
 
-    columns = ("Backend", "Precision", "Device", "Size\nMB", "p50\nms", "p95\nms", "Throughput\nsamples/s", "Correct")
-    columns += ("As FP32*", "× FP32*")
+    columns = ["Backend", "Precision", "Device", "Size\nMB", "p50\nms", "p95\nms", "Throughput\nsamples/s"]
+    columns += ["Correct", "As FP32*", "× FP32*"]
     print(
         f"\nSummary: {count} headline{'s' * (count != 1)}, {arguments.runs} timed calls each, batch 1, no padding, "
         f"{arguments.threads} CPU thread{'s' * (arguments.threads != 1)}"

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from lab04 import lab
 
-SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin"))
+# Products in front of and behind an attention; the last layer's, trimmed to one token, lies a module deeper.
+AROUND_ATTENTION = ["query", "key", "value", "attention.output.dense", "attention.output.module.dense"]
+AROUND_ATTENTION += ["q_lin", "k_lin", "v_lin", "out_lin"]
+SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in AROUND_ATTENTION)
 
 
 def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
@@ -46,7 +49,7 @@ def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
 
 
 def take_out_scales(graph) -> dict:
-    """Remove the scaling of the inputs of query, key and value, which would hide an attention from the optimiser.
+    """Remove the scaling of the inputs around attentions, which would hide them from the optimiser.
 
     Returns the Mul and its initialiser for each tensor that was scaled, for `put_back_scales`.
     """

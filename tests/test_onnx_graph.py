@@ -1,5 +1,6 @@
 """The ONNX graph in its fastest form: right, portable, and left so by the session; batches in parts."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from conftest import training_texts
 
 from benchmark import profile, results
-from lab04 import artefact, backends, classifier, lab, onnx_graph
+from lab04 import artefact, backends, classifier, lab, onnx_graph, preparation
 
 
 def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_path):
@@ -34,6 +35,22 @@ def test_the_fused_fp32_graph_gives_the_models_logits(family, model_folder, tmp_
     padded = dict(fp32.tokenizer(texts, padding=True, truncation=True, max_length=60, return_tensors="np"))
     inputs = {item.name: padded[item.name].astype(np.int64) for item in session.get_inputs()}
     assert np.abs(session.run(None, inputs)[0] - reference).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_every_attention_is_fused_whichever_inputs_are_scaled(family, model_folder, tmp_path, monkeypatch):
+    fp32 = classifier.load(str(model_folder(family, 9)))
+    monkeypatch.setattr(preparation, "EVERY", 100)
+    monkeypatch.setattr(preparation, "LARGE", 0)  # scale every input, also those that this model leaves small
+    prepared = preparation.prepare(fp32)
+    graph = onnx_graph.fuse(lab.export_onnx(prepared, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
+    assert Counter(node.op_type for node in onnx.load(graph).graph.node)["Attention"] == 2
+    texts, session = training_texts()[:4], onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    reference = lab.fp32_logits(dataclasses.replace(fp32, model=prepared), texts)
+    for text, expected in zip(texts, reference, strict=True):
+        tokens = fp32.encode([text])
+        inputs = {item.name: tokens[item.name].numpy() for item in session.get_inputs()}
+        assert np.abs(session.run(None, inputs)[0] - expected).max() < 1e-4
 
 
 def test_a_large_batch_runs_in_parts_that_lose_nothing():
