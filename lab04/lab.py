@@ -277,7 +277,8 @@ def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None
     before_mb = sum(p.numel() * p.element_size() for p in fp32.model.parameters()) / 1e6
     built = artefact.load(output)
     print(f"   FP32 weights {before_mb:.1f} MB -> {built.model_file.name} {built.model_mb:.1f} MB")
-    print(f"Wrote {output}")
+    here = Path.cwd()
+    print(f"Wrote {output.relative_to(here) if output.is_relative_to(here) else output}")
     suggest(next_command)
 
 

@@ -3,11 +3,13 @@
 import csv
 import json
 import random
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_in_process, run_script
+from conftest import ROOT, run_in_process, run_script
 
 from lab04 import classifier, headlines, lab
 
@@ -62,6 +64,22 @@ def test_an_adapter_loads_and_is_described(adapter, data):
 
 def test_the_same_seed_gives_the_same_weights(adapter, train):
     assert classifier.load(str(train())).weights_sha256 == classifier.load(str(adapter)).weights_sha256
+
+
+def test_ag_news_says_nothing_of_our_other_labels(model_folder, tmp_path, monkeypatch):
+    train = runpy.run_path(str(ROOT / TRAIN))
+    monkeypatch.setattr(sys, "argv", [TRAIN, "--output", str(tmp_path / "adapter")])
+    labels = sorted(AG_NEWS_LABELS) + ["climate", "health"]
+    network, tokenizer = train["build_network"](str(model_folder("bert", 6)), labels)
+    for ag_news, said in ((True, 4), (False, 6)):
+        rows = [{"text": f"{label} news", "label": label, "ag_news": ag_news} for label in sorted(AG_NEWS_LABELS)]
+        trainer = train["build_trainer"](train["parse_arguments"](), network, tokenizer, labels, rows, rows)
+        trainer.compute_loss(network, trainer.data_collator(list(trainer.train_dataset))).backward()
+        [gradient] = [
+            p.grad for name, p in network.named_parameters() if name.endswith("default.weight") and p.shape[0] == 6
+        ]
+        assert [bool(row.any()) for row in gradient] == [column < said for column in range(6)]
+        network.zero_grad()
 
 
 def test_scores_are_calibrated_on_the_held_out_headlines(adapter, data):
