@@ -16,6 +16,12 @@ from lab04 import classifier, lab
 STEPS = 64
 EVERY = 10  # every tenth training headline, some 900 of all labels, is enough to know typical inputs
 LARGE = 4.0  # inputs below it are left as they are: scaling them gains nothing and takes time
+# An attention's output and its values, in BERT, RoBERTa and ELECTRA (the second: the trimmed layer) and DistilBERT.
+VALUES = {
+    "attention.output.dense": "attention.self.value",
+    "attention.output.module.dense": "attention.self.value",
+    "attention.out_lin": "attention.v_lin",
+}
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper: inputs of headlines do not span all columns
 
 
@@ -111,7 +117,27 @@ def scale_inputs(network, batches: list[dict]) -> None:
     observe(network, batches, find_largest)
     for name, module in list(network.named_modules()):
         if module in largest and largest[module].max() > LARGE:
-            network.set_submodule(name, ScaledLinear(module, largest[module].clamp(min=1).sqrt()))
+            scale = largest[module].clamp(min=1).sqrt()
+            if value := find_value(network, name):
+                value.weight.data /= scale[:, None]
+                value.bias.data /= scale
+                module.weight.data *= scale
+            else:
+                network.set_submodule(name, ScaledLinear(module, scale))
+
+
+def find_value(network, name: str):
+    """The Linear whose columns an attention only averages before Linear `name` reads them, or None.
+
+    Dividing its rows scales that input exactly, in INT8 too, as each row has its own scale: no multiplication is left.
+    """
+    for output, value in VALUES.items():
+        if name.endswith(output):
+            module = dict(network.named_modules()).get(name.removesuffix(output) + value)
+            linear = getattr(module, "linear", module)  # its own input may have been scaled
+            if linear and linear.bias is not None and len(linear.bias) == network.get_submodule(name).in_features:
+                return linear
+    return None
 
 
 def observe(network, batches: list[dict], look) -> None:
