@@ -3,23 +3,32 @@
     python lab04-torch.py                        # about 15 seconds on two cores
 
 Reads lora-news/adapter (or --model) and writes quantised-model-torch/: a frozen TorchScript archive that
-loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled class.
+loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled class. With --this-cpu it is code
+compiled for this processor instead: faster, and good for no other kind.
 """
 
 import copy
 import platform
 import warnings
 
-from lab04 import artefact, backends, classifier, in_one_line, lab, preparation
+import numpy as np
+
+from lab04 import artefact, backends, classifier, consistency, in_one_line, lab, preparation, this_cpu
 
 MODEL_FILE = "model_int8.pt"
 
 
 def main() -> None:
-    arguments = lab.int8_argument_parser(__doc__, output="quantised-model-torch").parse_args()
+    parser = lab.int8_argument_parser(__doc__, output="quantised-model-torch")
+    parser.add_argument(
+        "--this-cpu", action="store_true", help="compile for this processor (AVX512-VNNI or AMX, g++): about a minute"
+    )
+    arguments = parser.parse_args()
 
     texts = lab.choose_texts(arguments)
     artefact.check_output(arguments.output)
+    if arguments.this_cpu:
+        this_cpu.check_here()
     print("1. Load the merged FP32 classifier")
     fp32 = classifier.load(arguments.model, arguments.labels)
 
@@ -27,21 +36,45 @@ def main() -> None:
     prepared = preparation.prepare(fp32, texts.prepare)
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
-    engine = choose_engine()
+    details: dict = {"engine": choose_engine()}
     with in_one_line("cannot quantise this model with PyTorch"):
-        quantised = quantise(prepared)
-
-        print("4. Trace and freeze to TorchScript")
-        archive = trace(quantised, fp32).save_to_buffer()
+        if arguments.this_cpu:
+            rewritten = this_cpu.rewrite(prepared, looked_up(prepared))
+            print("4. Compile with AOTInductor for this processor")
+            with lab.quiet_logging():
+                archive = this_cpu.compile_network(*give_logits(rewritten, fp32))
+            model_file, details = this_cpu.MODEL_FILE, {"compiled_for": this_cpu.describe()}
+        else:
+            quantised = quantise(prepared)
+            print("4. Trace and freeze to TorchScript")
+            archive = trace(*give_logits(quantised, fp32)).save_to_buffer()
+            model_file = MODEL_FILE
 
     with artefact.building(arguments.output) as folder:
         # Written by Python: on a full disk PyTorch's own writer ends the whole process.
-        (folder / MODEL_FILE).write_bytes(archive)
+        (folder / model_file).write_bytes(archive)
 
         print("5. Check against FP32")
-        artefact.seal(folder, fp32, "torch", "INT8", MODEL_FILE, engine=engine, texts=texts.record)
+        artefact.seal(folder, fp32, "torch", "INT8", model_file, texts=texts.record, **details)
+        if arguments.this_cpu:
+            check_shapes(folder, fp32, arguments.threads, texts.check)
         artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
     lab.report(fp32, arguments.output, "python lab04-optimum.py")
+
+
+def check_shapes(folder, fp32: classifier.Classifier, threads: int, texts: list[str]) -> None:
+    """Compare batches of 8 and 32, and texts as long as the model reads, with FP32: compiled code may take other paths.
+
+    Raises LabError if they are out of the bounds that the closing check keeps for single headlines.
+    """
+    built = artefact.load(folder)
+    tokenise = artefact.Tokeniser(built)
+    long_texts = [" ".join(texts[start:] + texts[:start]) for start in range(0, len(texts), max(1, len(texts) // 64))]
+    with backends.open_backend(built, threads) as backend:
+        for batch, some in ((8, texts), (32, texts), (1, long_texts)):
+            starts = range(0, len(some), batch)
+            logits = np.concatenate([backend.logits(tokenise(some[start : start + batch])) for start in starts])
+            consistency.check(lab.fp32_logits(fp32, some), logits)
 
 
 def choose_engine() -> str:
@@ -111,15 +144,15 @@ def looked_up(network) -> list[str]:
     return names
 
 
-def trace(quantised, fp32: classifier.Classifier):
-    """Frozen TorchScript of the quantised network, right for any batch size and length.
+def give_logits(quantised, fp32: classifier.Classifier) -> tuple:
+    """The network as token tensors in, logits out, and an example of them.
 
     The example has two rows of different length: a single row would fix the batch size and drop the mask.
     """
     import torch
 
     class Logits(torch.nn.Module):
-        """Tensors in, logits out: TorchScript knows no `transformers` output classes."""
+        """Neither TorchScript nor compiled code knows `transformers` output classes."""
 
         def __init__(self):
             super().__init__()
@@ -129,10 +162,16 @@ def trace(quantised, fp32: classifier.Classifier):
             return self.network(**dict(zip(fp32.input_names, inputs, strict=True))).logits
 
     example = fp32.encode(["A headline", "Another and longer headline"])
+    return Logits().eval(), tuple(example[name] for name in fp32.input_names)
+
+
+def trace(network, example: tuple):
+    """Frozen TorchScript of a quantised network, right for any batch size and length."""
+    import torch
+
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer notices about shapes; the check below covers other shapes
-        traced = torch.jit.trace(Logits().eval(), tuple(example[name] for name in fp32.input_names))
-        return torch.jit.freeze(traced)
+        return torch.jit.freeze(torch.jit.trace(network, example))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
+from lab04.backends import CompiledBackend
 from lab04.charts import COLOURS, pyplot, save
 from lab04.recheck import RecheckedBackend
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
-RECHECKED_BLUE = "#56B4E9"  # the sky blue of Okabe and Ito's palette
+VARIANTS = {RecheckedBackend.name: "#56B4E9", CompiledBackend.name: "#CC79A7"}  # of Okabe and Ito's palette too
 MOST_LABELS = 12  # a confusion matrix of more labels is unreadable at this size
 
 
@@ -54,7 +55,7 @@ def colour(name: str, row: dict) -> str:
     """A backend's colour: the lab's own, or a grey for what it is compared with."""
     if row["group"] in ("reference", "peer"):
         return {"fp32-torch": REFERENCE_GREY, "fp32-onnx": ONNX_GREY}.get(name, PEER_GREY)
-    return RECHECKED_BLUE if row["name"] == RecheckedBackend.name else COLOURS[name.split("-")[0]]
+    return VARIANTS.get(row["name"]) or COLOURS[name.split("-")[0]]
 
 
 def title(row: dict) -> str:

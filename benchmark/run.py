@@ -15,10 +15,11 @@ from benchmark import environment, results
 from benchmark.process import Process
 from lab04 import ROOT, LabError, artefact, headlines
 from lab04.backend import Unavailable
+from lab04.backends import CompiledBackend
 from lab04.recheck import RecheckedBackend
 
 ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "tensorrt")]
-RECHECKED = ROOT / "quantised-model-optimum-recheck"  # measured if there is one
+VARIANTS = [ROOT / "quantised-model-torch-this-cpu", ROOT / "quantised-model-optimum-recheck"]  # measured if there
 
 # --- How much is measured ---------------------------------------------------------------------------------
 FULL = {
@@ -101,9 +102,10 @@ class Run:
             rows[name] = row(peer.name, peer.precision, "reference", name, self.reference)
         for folder in built:
             kind, precision = folder.backend, folder.manifest["precision"]
-            name = f"{kind}-{precision.lower()}" + "-recheck" * folder.rechecks
+            name = f"{kind}-{precision.lower()}" + "-recheck" * folder.rechecks + "-this-cpu" * folder.compiled
             name = f"{name}-{folder.folder.name}" if name in rows else name
             title = RecheckedBackend.name if folder.rechecks else NAMES[kind]
+            title = CompiledBackend.name if folder.compiled else title
             rows[name] = row(title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
             if kind == "tensorrt" and not arguments.random_weights:
                 # Whether or not an engine runs here: the graph it is built from, for its labels, not its speed.
@@ -301,7 +303,7 @@ def row(name: str, precision: str, group: str, runner: str, folder: Path) -> dic
 def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact], dict]:
     """The artefacts there are, and rows with a reason for the default ones that were never built."""
     built, missing = [], {}
-    for folder in folders or [*ARTEFACTS, *filter(Path.exists, [RECHECKED])]:
+    for folder in folders or [*ARTEFACTS, *filter(Path.exists, VARIANTS)]:
         if not folders and not folder.exists():
             kind = {"optimum": "onnxruntime"}.get(folder.name.split("-")[-1], folder.name.split("-")[-1])
             spec = row(NAMES[kind], "FP16" if kind == "tensorrt" else "INT8", "lab", "artefact", folder)
@@ -317,7 +319,8 @@ def check_origin(exported: artefact.Artefact, built: list[artefact.Artefact], mo
     """Raise LabError unless every artefact comes from the FP32 weights that it will be compared with."""
     for folder in built:
         if folder.manifest["weights_sha256"] != exported.manifest["weights_sha256"]:
-            command = f"python {artefact.BUILDERS[folder.backend]}{' --recheck' * folder.rechecks}"
+            command = f"python {artefact.BUILDERS[folder.backend]}"
+            command += " --recheck" * folder.rechecks + " --this-cpu" * folder.compiled
             command += f" --model {model} --output {folder.folder}"
             raise LabError(f"{folder.folder} was built from other weights than {model}: run {command}")
     artefact.check_together([exported, *built])

@@ -54,6 +54,11 @@ class Artefact:
         return "recheck" in self.manifest
 
     @property
+    def compiled(self) -> bool:
+        """Whether it is code for one kind of processor (lab04/this_cpu.py)."""
+        return "compiled_for" in self.manifest
+
+    @property
     def model_mb(self) -> float:
         """Size in MB (10^6 bytes) of the model file, and of the graph that rechecks it where there is one."""
         graphs = [self.manifest["model_file"]] + ([self.manifest["recheck"]["graph"]] if self.rechecks else [])
