@@ -39,7 +39,7 @@ def main() -> None:
     details: dict = {"engine": choose_engine()}
     with in_one_line("cannot quantise this model with PyTorch"):
         if arguments.this_cpu:
-            rewritten = this_cpu.rewrite(prepared, looked_up(prepared))
+            rewritten = this_cpu.rewrite(prepared, looked_up(prepared), preparation.STEPS)
             print("4. Compile with AOTInductor for this processor")
             with lab.quiet_logging():
                 archive = this_cpu.compile_network(*give_logits(rewritten, fp32))

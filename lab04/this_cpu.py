@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lab04 import LabError, preparation
+from lab04 import LabError
 from lab04.artefact import Artefact
 
 MODEL_FILE = "model_int8.pt2"
@@ -66,18 +66,21 @@ def compile_network(network, inputs: tuple) -> bytes:
         return archive.read_bytes()
 
 
-def rewrite(network, embeddings: list[str]):
-    """Write the products, 8-bit `embeddings` and GELU of a network in the forms that AOTInductor makes INT8 code of."""
+def rewrite(network, embeddings: list[str], steps: int):
+    """Write products, `embeddings` and GELU of a network in the forms that AOTInductor makes INT8 code of.
+
+    A row's largest weight is `steps` steps, as `preparation` rounded it; embeddings get 8 bits a row.
+    """
     import torch
     import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers the operators below
     from transformers.activations import GELUActivation
 
-    steps = torch.ops.quantized_decomposed
+    decomposed = torch.ops.quantized_decomposed
 
     class Product(torch.nn.Module):
         def __init__(self, exact):
             super().__init__()
-            self.scale = exact.weight.detach().abs().amax(1).clamp(min=1e-12) / preparation.STEPS
+            self.scale = exact.weight.detach().abs().amax(1).clamp(min=1e-12) / steps
             self.weight = torch.round(exact.weight.detach() / self.scale[:, None]).to(torch.int8)
             self.zero, self.bias = torch.zeros_like(self.scale, dtype=torch.int64), exact.bias
 
@@ -87,8 +90,8 @@ def rewrite(network, embeddings: list[str]):
             # By hand: choose_qparams gives a double, which the compiled product would store into a float.
             scale = ((high - low) / 255).clamp(min=1e-8)
             given = (scale, torch.round(-low / scale).clamp(0, 255).to(torch.int64), 0, 255, torch.uint8)
-            rows = steps.dequantize_per_tensor.tensor(steps.quantize_per_tensor.tensor(rows, *given), *given)
-            weight = steps.dequantize_per_channel(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
+            rows = decomposed.dequantize_per_tensor.tensor(decomposed.quantize_per_tensor.tensor(rows, *given), *given)
+            weight = decomposed.dequantize_per_channel(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
             return torch.nn.functional.linear(rows, weight, self.bias).reshape(*x.shape[:-1], -1)
 
     class Lookup(torch.nn.Module):
