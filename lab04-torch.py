@@ -36,7 +36,7 @@ def main() -> None:
     prepared = preparation.prepare(fp32, texts.prepare)
 
     print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row")
-    details: dict = {"engine": choose_engine()}
+    details: dict
     with in_one_line("cannot quantise this model with PyTorch"):
         if arguments.this_cpu:
             rewritten = this_cpu.rewrite(prepared, looked_up(prepared), preparation.STEPS)
@@ -45,6 +45,7 @@ def main() -> None:
                 archive = this_cpu.compile_network(*give_logits(rewritten, fp32))
             model_file, details = this_cpu.MODEL_FILE, {"compiled_for": this_cpu.describe()}
         else:
+            details = {"engine": choose_engine()}
             quantised = quantise(prepared)
             print("4. Trace and freeze to TorchScript")
             archive = trace(*give_logits(quantised, fp32)).save_to_buffer()

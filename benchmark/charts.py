@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
-from lab04.backends import CompiledBackend
-from lab04.charts import COLOURS, pyplot, save
-from lab04.recheck import RecheckedBackend
+from lab04 import charts
+from lab04.charts import pyplot, save
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
-VARIANTS = {RecheckedBackend.name: "#56B4E9", CompiledBackend.name: "#CC79A7"}  # of Okabe and Ito's palette too
 MOST_LABELS = 12  # a confusion matrix of more labels is unreadable at this size
 
 
@@ -55,7 +53,7 @@ def colour(name: str, row: dict) -> str:
     """A backend's colour: the lab's own, or a grey for what it is compared with."""
     if row["group"] in ("reference", "peer"):
         return {"fp32-torch": REFERENCE_GREY, "fp32-onnx": ONNX_GREY}.get(name, PEER_GREY)
-    return VARIANTS.get(row["name"]) or COLOURS[name.split("-")[0]]
+    return charts.colour(row["name"], name.split("-")[0])
 
 
 def title(row: dict) -> str:
@@ -409,7 +407,7 @@ def save_profile(path: Path, measured: dict) -> None:
     )
     for panel, (name, row) in zip(axes[0], rows.items(), strict=True):
         kinds = row["operators_us"]
-        bars = panel.barh(range(len(kinds)), kinds.values(), color=COLOURS[row["backend"]])
+        bars = panel.barh(range(len(kinds)), kinds.values(), color=charts.COLOURS[row["backend"]])
         total = sum(kinds.values())
         panel.bar_label(bars, [f"{us:.0f} µs, {us / total:.0%}" for us in kinds.values()], padding=3, fontsize=8)
         panel.set_yticks(range(len(kinds)), list(kinds), fontsize=8)

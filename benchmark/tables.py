@@ -114,11 +114,11 @@ def by_cpu(root: Path, brief: bool = False) -> str:
         if earlier and brief:
             continue
         commit = here["git"]["commit"][:7] if here["git"] else NOT_MEASURED
-        commit += " (earlier artefacts)" * commit.startswith(SLOWER_ARTEFACTS)
+        data = settings["data"].split("_")[0].removesuffix(".csv")
         rows.append(
             [
                 f"{here['cpu']} ({environment.strongest(here['isa'])})",
-                settings["data"].split("_")[0].removesuffix(".csv"),
+                data + ", earlier artefacts" * commit.startswith(SLOWER_ARTEFACTS),
             ]
             + [f"{speeds[results.REFERENCE].get('p50_ms', float('nan')):.1f}"]
             + [ratio(speeds.get(name, {})) for name in INT8]

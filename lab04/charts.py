@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from lab04 import LabError
+from lab04.backends import CompiledBackend
 from lab04.consistency import top
+from lab04.recheck import RecheckedBackend
 
-# One colour per backend, the same on every chart.
+# One colour per backend, the same on every chart; variants, by name, have their own, as they stand beside the plain.
 COLOURS = {"torch": "#0072B2", "onnxruntime": "#E69F00", "tensorrt": "#009E73"}
+VARIANTS = {RecheckedBackend.name: "#56B4E9", CompiledBackend.name: "#CC79A7"}
 FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans", "sans-serif"]
 
 
@@ -34,7 +37,11 @@ def save_confidence_chart(
         positions = np.arange(len(shown)) + (place - (len(rows) - 1) / 2) * bar
         percent = 100 * row["probabilities"][shown]
         bars = axes.barh(
-            positions, percent, bar * 0.92, color=COLOURS[row["backend"]], label=f"{row['name']} ({row['note']})"
+            positions,
+            percent,
+            bar * 0.92,
+            color=colour(row["name"], row["backend"]),
+            label=f"{row['name']} ({row['note']})",
         )
         axes.bar_label(bars, [f"{value:.1f} %" for value in percent], padding=4, fontsize=10)
     names = ["✓ " * (labels[i] == right) + labels[i] for i in shown]
@@ -50,6 +57,11 @@ def save_confidence_chart(
     columns = len(rows) if sum(len(row["name"] + row["note"]) for row in rows) < 90 else 2
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
     save(figure, path)
+
+
+def colour(name: str, backend: str) -> str:
+    """The colour of a backend with a name (`Backend.name`) and a kind (`Artefact.backend`)."""
+    return VARIANTS.get(name) or COLOURS[backend]
 
 
 def choose_labels(probabilities: list[np.ndarray], right: int | None) -> list[int]:

@@ -118,19 +118,34 @@ def scale_inputs(network, batches: list[dict]) -> None:
     for name, module in list(network.named_modules()):
         if module in largest and largest[module].max() > LARGE:
             scale = largest[module].clamp(min=1).sqrt()
-            if value := find_value(network, name):
-                value.weight.data /= scale[:, None]
-                value.bias.data /= scale
-                module.weight.data *= scale
-            else:
+            if not scale_values(network, name, scale, batches[0]):
                 network.set_submodule(name, ScaledLinear(module, scale))
 
 
-def find_value(network, name: str):
-    """The Linear whose columns an attention only averages before Linear `name` reads them, or None.
+def scale_values(network, name: str, scale, batch: dict) -> bool:
+    """Scale the input of an attention's output, Linear `name`, in the weights of its values; whether that can be done.
 
-    Dividing its rows scales that input exactly, in INT8 too, as each row has its own scale: no multiplication is left.
+    An attention averages its values, so it is exact, in INT8 too, as each row has its own scale, and costs no
+    multiplication. Where one does more to them, as RoFormer may, the logits of `batch` move and all is as before.
     """
+    import torch
+
+    value, module = find_value(network, name), network.get_submodule(name)
+    if value is None:
+        return False
+    before = value.weight.data, value.bias.data, module.weight.data
+    with torch.no_grad():
+        wanted = network(**batch).logits
+        value.weight.data, value.bias.data = value.weight / scale[:, None], value.bias / scale
+        module.weight.data = module.weight * scale
+        same = torch.allclose(network(**batch).logits, wanted, atol=1e-4)
+    if not same:
+        value.weight.data, value.bias.data, module.weight.data = before
+    return same
+
+
+def find_value(network, name: str):
+    """The Linear that makes the values of an attention whose output is Linear `name`; None if it is no such output."""
     for output, value in VALUES.items():
         if name.endswith(output):
             module = dict(network.named_modules()).get(name.removesuffix(output) + value)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lab04 import LabError
+from lab04 import LabError, in_one_line
 from lab04.artefact import Artefact
 
 MODEL_FILE = "model_int8.pt2"
@@ -50,7 +50,8 @@ def load(artefact: Artefact):
         command = f"python lab04-torch.py --this-cpu --output {artefact.folder}"
         raise LabError(f"{artefact.folder} is compiled code that needs {needs}: run {command} here")
     torch.cpu._init_amx()  # the system must permit AMX to every process; without AMX this does nothing
-    return torch._inductor.aoti_load_package(str(artefact.model_file))
+    with in_one_line(f"cannot open {artefact.folder}"):  # it is unpacked into the temporary folder, and run from there
+        return torch._inductor.aoti_load_package(str(artefact.model_file))
 
 
 def compile_network(network, inputs: tuple) -> bytes:

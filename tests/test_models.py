@@ -10,6 +10,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import (
     HEADLINES,
     POSITIONS,
@@ -141,6 +143,22 @@ def test_preparation_changes_nothing_but_the_rounding(family, model_folder, text
     np.testing.assert_allclose(
         lab.fp32_logits(dataclasses.replace(fp32, model=prepared), texts), lab.fp32_logits(fp32, texts), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_values_that_an_attention_mixes_are_scaled_in_front_of_its_output(rotated):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.RoFormerConfig(vocab_size=50, rotary_value=rotated, initializer_range=0.3, **shape)
+    network = transformers.RoFormerForSequenceClassification(config).eval()
+    for layer in network.roformer.encoder.layer:
+        layer.attention.self.value.weight.data *= 10
+    batch = {"input_ids": torch.randint(1, 50, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    before = network(**batch).logits
+    preparation.scale_inputs(network, [batch])
+    torch.testing.assert_close(network(**batch).logits, before, atol=1e-3, rtol=1e-3)
+    outputs = [name for name, _ in network.named_buffers() if name.endswith("attention.output.dense.inverse_scale")]
+    assert len(outputs) == (2 if rotated else 0)
 
 
 def test_fp16_logits_are_fp32_ones(model, artefact_folder, texts, reference):

@@ -20,7 +20,11 @@ def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_p
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "as-run.onnx")
     onnxruntime.InferenceSession(str(built.model_file), options, providers=["CPUExecutionProvider"])
-    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "as-run.onnx").graph.node)
+    run = onnx.load(tmp_path / "as-run.onnx").graph
+    kinds = Counter(node.op_type for node in run.node)
+    makers = {name: node.op_type for node in run.node for name in node.output}
+    gelus = [[makers.get(name) for name in node.input] for node in run.node if node.op_type == "FastGelu"]
+    assert gelus == [["DynamicQuantizeMatMul"]] * 2, "the bias is added in the product before"
     assert kinds["SkipLayerNormalization"] == 0, "four times as slow as its parts"
     assert kinds["LayerNormalization"] == 5 and kinds["QAttention"] == 2 and kinds["FastGelu"] == 2
 

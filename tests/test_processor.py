@@ -1,12 +1,14 @@
 """An artefact opened on a processor it was not built on: the right kernels, or a refusal; never other answers."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_in_process, training_texts
 
-from lab04 import LabError, artefact, backends, classifier, lab, this_cpu
+from lab04 import LabError, artefact, backends, classifier, lab, preparation, this_cpu
 
 INT8_HERE = bool(this_cpu.INSTRUCTIONS & set(this_cpu.describe()["flags"]))
 
@@ -58,6 +60,17 @@ def test_compiled_code_gives_fp32_labels_for_every_shape_and_number_of_threads(m
             logits = np.concatenate([backend.logits(tokenise(texts[start : start + batch])) for start in starts])
         assert np.sqrt(np.mean((logits - reference) ** 2)) < 0.1 * reference.std()
         assert (logits.argmax(1) == reference.argmax(1)).mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_what_is_compiled_has_the_logits_of_the_network(family, model_folder, few_headlines):
+    fp32, texts = classifier.load(str(model_folder(family, 9))), training_texts()[100:140]
+    reference = lab.fp32_logits(fp32, texts)
+    embeddings = [name for name, _ in fp32.model.named_modules() if name.endswith("word_embeddings")]
+    rewritten = this_cpu.rewrite(preparation.prepare(fp32), embeddings, preparation.STEPS)
+    assert not any(type(module) is torch.nn.Linear for module in rewritten.modules())
+    logits = lab.fp32_logits(dataclasses.replace(fp32, model=rewritten), texts)
+    assert np.sqrt(np.mean((logits - reference) ** 2)) < 0.1 * reference.std()
 
 
 @pytest.mark.parametrize("change, needs", [({"flags": ["no_cpu_has_it"]}, "no_cpu_has_it"), ({"torch": "0.1"}, "0.1")])
