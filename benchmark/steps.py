@@ -65,7 +65,7 @@ def build_variants(fp32: classifier.Classifier) -> dict:
     torch_lab["choose_engine"]()
 
     def traced(network):
-        return torch_lab["trace"](network, fp32)
+        return torch_lab["trace"](*torch_lab["give_logits"](network, fp32))
 
     network = copy.deepcopy(fp32.model)
     with lab.quiet_logging():
