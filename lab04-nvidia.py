@@ -56,8 +56,8 @@ def main() -> None:
     with artefact.building(arguments.output) as folder:
         fp32, absent = write_artefact(folder, arguments)
         print("4. Check against FP32 on the test headlines")
-        artefact.record_check(folder, check_artefact(folder, fp32, arguments.threads))
-    lab.report(fp32, arguments.output, "python predict.py")
+        built = artefact.record_check(folder, check_artefact(folder, fp32, arguments.threads))
+    lab.report(fp32, built, arguments.output, "python predict.py")
     if absent and lab.UNDER_MAKE in os.environ:  # predict.py runs next, and says why
         sys.exit(NoEngine.exit_code)
     if absent:

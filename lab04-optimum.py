@@ -54,8 +54,8 @@ def main() -> None:
         artefact.seal(folder, fp32, "onnxruntime", "INT8", MODEL_FILE, texts=texts.record)
         if arguments.recheck:
             record_threshold(folder, texts.prepare, arguments.threads)
-        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
-    lab.report(fp32, arguments.output, "python lab04-nvidia.py")
+        built = artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
+    lab.report(fp32, built, arguments.output, "python lab04-nvidia.py")
 
 
 def write_exact(fp32: classifier.Classifier, texts: list[str], threads: int, scratch: Path, output: Path) -> None:

@@ -59,8 +59,8 @@ def main() -> None:
         artefact.seal(folder, fp32, "torch", "INT8", model_file, texts=texts.record, **details)
         if arguments.this_cpu:
             check_shapes(folder, fp32, arguments.threads, texts.check)
-        artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
-    lab.report(fp32, arguments.output, "python lab04-optimum.py")
+        built = artefact.record_check(folder, lab.check_against_fp32(folder, fp32, arguments.threads, texts))
+    lab.report(fp32, built, arguments.output, "python lab04-optimum.py")
 
 
 def check_shapes(folder, fp32: classifier.Classifier, threads: int, texts: list[str]) -> None:

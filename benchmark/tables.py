@@ -118,7 +118,7 @@ def by_cpu(root: Path, brief: bool = False) -> str:
         rows.append(
             [
                 f"{here['cpu']} ({environment.strongest(here['isa'])})",
-                data + ", earlier artefacts" * commit.startswith(SLOWER_ARTEFACTS),
+                data + ", earlier" * commit.startswith(SLOWER_ARTEFACTS),
             ]
             + [f"{speeds[results.REFERENCE].get('p50_ms', float('nan')):.1f}"]
             + [ratio(speeds.get(name, {})) for name in INT8]

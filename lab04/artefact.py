@@ -324,9 +324,10 @@ def seal(folder: Path, classifier, backend: str, precision: str, model_file: str
     write_manifest(folder, manifest)
 
 
-def record_check(folder: Path, check: dict) -> None:
-    """Add the result of the build's own check against FP32 to a sealed folder's manifest."""
+def record_check(folder: Path, check: dict) -> Artefact:
+    """Add the result of the build's own check against FP32 to a sealed folder's manifest. Returns what is complete."""
     write_manifest(folder, {**load(folder).manifest, "check": check})
+    return load(folder)
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

@@ -272,10 +272,12 @@ def known_headlines(texts: list[str], reference: np.ndarray, logits: np.ndarray)
     return [{"text": texts[i], "fp32_logits": reference[i].astype(float).round(4).tolist()} for i in chosen.values()]
 
 
-def report(fp32: classifier.Classifier, output: Path, next_command: str) -> None:
-    """Print sizes before and after, what was written, and what to run next."""
+def report(fp32: classifier.Classifier, built: artefact.Artefact, output: Path, next_command: str) -> None:
+    """Print sizes before and after, what was written, and what to run next.
+
+    `built` was read before it took the place of `output`: by now another build may have taken that.
+    """
     before_mb = sum(p.numel() * p.element_size() for p in fp32.model.parameters()) / 1e6
-    built = artefact.load(output)
     print(f"   FP32 weights {before_mb:.1f} MB -> {built.model_file.name} {built.model_mb:.1f} MB")
     here = Path.cwd()
     print(f"Wrote {output.relative_to(here) if output.is_relative_to(here) else output}")
