@@ -27,8 +27,10 @@ from lab04 import ROOT, LabError, artefact, backends, charts, lab
 HERE = Path(__file__).resolve().parent
 PORT = 18_473
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-BATCHES = (1, 2, 4, 8, 16, 32)
-SCRIPT = """wrk.method = "POST"\nwrk.body = '"Cybersecurity breach exposes NHS patient records"'\n"""
+BATCHES = (1, 4, 16, 64, 256)
+LIST = 32  # headlines of the one load that sends several a request
+SCRIPT = 'wrk.method = "POST"\nwrk.body = [==[{body}]==]\n'
+HEADLINE = "Cybersecurity breach exposes NHS patient records"
 BEGIN, END = "<!-- figures: examples/ray/measure.py -->\n", "<!-- end of figures -->"
 
 
@@ -112,8 +114,9 @@ def one_process(backend, tokenise, texts: list[str], batch: int) -> float:
 
 def measure_serving(folder: Path, seconds: int, requests: int) -> dict:
     """Requests/s, p50 and p99 at rising concurrency; the replica's memory over many requests."""
-    script = folder / "post.lua"
-    script.write_text(SCRIPT)
+    script, several = folder / "one.lua", folder / "several.lua"
+    script.write_text(SCRIPT.format(body=json.dumps(HEADLINE)))
+    several.write_text(SCRIPT.format(body=json.dumps(lab.test_texts()[:LIST])))
     command = [sys.executable, HERE / "serve.py", "--port", str(PORT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -121,13 +124,14 @@ def measure_serving(folder: Path, seconds: int, requests: int) -> dict:
                 raise LabError("serve.py ended before it served")
             wrk(script, 8, 3)  # warm up
             load = [{"concurrency": number} | wrk(script, number, seconds) for number in CONCURRENCY]
+            lists = wrk(several, 4, seconds)
             memory, done = [[0, replica_mb()]], 0
             while done < requests:
                 done += wrk(script, 16, seconds)["answered"]
                 memory.append([done, replica_mb()])
         finally:
             server.send_signal(signal.SIGTERM)
-    return {"seconds": seconds, "load": load, "memory_mb": memory}
+    return {"seconds": seconds, "load": load, "lists": lists, "memory_mb": memory}
 
 
 def wrk(script: Path, concurrency: int, seconds: int) -> dict:
@@ -204,8 +208,11 @@ def figures(result: dict, name: str) -> str:
     ]
     for row in serving["load"]:
         lines.append("| {concurrency} | {per_second} | {p50_ms} | {p99_ms} | {refused} |".format(**row))
-    memory = serving["memory_mb"]
+    memory, lists = serving["memory_mb"], serving["lists"]
     lines += [
+        "",
+        f"With {LIST} headlines a request and 4 requests at once: {lists['per_second'] * LIST:.0f} headlines/s, p99 "
+        f"{lists['p99_ms']:.0f} ms. Most of the time of a request with one headline is Ray's: send lists where you can.",
         "",
         f"![p50 and p99 over load](../results/{name}/load.png)",
         "",
