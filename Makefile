@@ -10,7 +10,7 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -45,6 +45,9 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 
 bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
 	$(RUN) -m benchmark.steps
+
+bench-families: .venv/installed ## which families of networks the INT8 labs serve, how fast and how faithfully
+	$(RUN) -m benchmark.families
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme

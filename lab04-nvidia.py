@@ -139,10 +139,12 @@ def convert(exported: Path, output: Path) -> None:
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    model = onnx.load(exported)
     with lab.quiet_logging():
         half = float16.convert_float_to_float16(
-            onnx.load(exported),
+            model,
             keep_io_types=True,
+            node_block_list=behind_integers(model.graph),
             # LayerNorm squares its input, and 65,504 is the largest half: from 256 on it would overflow.
             op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization"],
             # The attention mask's constant: large enough to vanish in softmax, and a score added to it stays finite.
@@ -151,6 +153,25 @@ def convert(exported: Path, output: Path) -> None:
     OnnxModel(half).topological_sort()  # the converter puts its Casts at the end
     onnx.checker.check_model(half, full_check=True)
     onnx.save(half, output)
+
+
+def behind_integers(graph) -> list[str]:
+    """Names of the nodes whose result becomes a whole number, as MPNet's distances between tokens by their logarithm.
+
+    They stay in FP32: half an FP16 step before the next whole number is another distance, and another answer.
+    """
+    from onnx import TensorProto
+
+    makers = {name: node for node in graph.node for name in node.output}
+    whole = (TensorProto.INT32, TensorProto.INT64)
+    waiting = [node for node in graph.node if node.op_type == "Cast" and node.attribute[0].i in whole]
+    found = set()
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found and node.op_type != "Shape":  # a shape is the same in every precision
+            found.add(node.name)
+            waiting += [makers[name] for name in node.input if name in makers]
+    return sorted(found)
 
 
 def check_artefact(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:

@@ -304,6 +304,21 @@ def ablation(measured: dict) -> str:
     return table(head, rows)
 
 
+def families(measured: dict) -> str:
+    """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
+    rows = []
+    for row in measured["families"]:
+        served = [row[name] for name in ("torch", "onnxruntime")]
+        fp32 = [f"{check['fp32_ms']:.1f}" for check in served if "fp32_ms" in check]
+        cells = [row["family"], f"{row['parameters_m']:.0f}", fp32[0] if fp32 else NOT_MEASURED]
+        for check in served:
+            kept = "refused" if "refused" in check else f"{check['agreement']:.1%}"
+            cells += [ratio(check), kept]
+        rows.append(cells)
+    head = ["family", "M parameters", "FP32 ms", "PyTorch INT8", "same label", "ONNX INT8", "same label"]
+    return table(head, rows)
+
+
 def original(measured: dict) -> str:
     """The course lab's own table, beside this run's rows for the same three backends."""
     threads = str(measured["settings"]["threads"][0])
@@ -331,6 +346,7 @@ TABLES = {
     "cold-start": cold_start,
     "original": original,
     "ablation": ablation,
+    "families": families,
 }
 
 

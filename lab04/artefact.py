@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -78,9 +80,8 @@ class Tokeniser:
         self._pad_id = config["pad_id"]
         self._pad_left = config.get("padding_side") == "left"
         self._names = config["inputs"]
-        self._typed = config.get(
-            "typed", False
-        )  # where the model takes types and the tokeniser gives none, they are zeros
+        # Where the model takes types and the tokeniser gives none, they are zeros.
+        self._typed = config.get("typed", False)
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Token ids of a batch, padded to its longest text: int64 arrays [batch, sequence]."""
@@ -387,8 +388,12 @@ def render(manifest: dict) -> str:
 
 
 def rebuild_command(folder: Path) -> str:
-    """The command that builds the artefact a folder's name or manifest speaks of."""
-    for name, script in BUILDERS.items():
-        if name in folder.name or script.removeprefix("lab04-").removesuffix(".py") in folder.name:
-            return f"python {script}"
+    """The command that builds the artefact a folder's name speaks of, into that folder."""
+    name = re.sub(r"^\.(.+)\.new-\w+$", r"\1", folder.name)  # one that is being built
+    for backend, script in BUILDERS.items():
+        lab = script.removeprefix("lab04-").removesuffix(".py")
+        if backend in name or lab in name:
+            options = [f" --{option}" for option in ("recheck", "this-cpu") if option in name]
+            options += [f" --output {shlex.quote(str(folder.parent / name))}"] * (name != f"quantised-model-{lab}")
+            return f"python {script}{''.join(options)}"
     return "the lab script that built it"

@@ -84,15 +84,16 @@ def take_layer_norms_apart(graph) -> None:
     from onnx import helper
 
     for node in [node for node in graph.node if node.op_type == "SkipLayerNormalization"]:
-        product, residual, weight, offset, *bias = node.input
-        [output] = node.output
+        product, residual, weight, offset, bias = [*node.input, "", ""][:5]
+        output, _, _, total = [*node.output, "", "", ""][:4]
+        total = total or f"{output}_sum"  # a network that normalises before its layers reads the sum too
         parts = []
         if bias:
-            parts.append(helper.make_node("Add", [product, *bias], [f"{output}_biased"]))
+            parts.append(helper.make_node("Add", [product, bias], [f"{output}_biased"]))
             product = f"{output}_biased"
         [epsilon] = [item.f for item in node.attribute if item.name == "epsilon"]
-        inputs = [f"{output}_sum", weight, offset]
-        parts.append(helper.make_node("Sum", [product, residual], [f"{output}_sum"]))
+        inputs = [total, weight] + [offset] * bool(offset)
+        parts.append(helper.make_node("Sum", [product, residual], [total]))
         parts.append(helper.make_node("LayerNormalization", inputs, [output], axis=-1, epsilon=epsilon))
         replace(graph, node, parts)
 

@@ -76,7 +76,15 @@ def small_config(family: str, vocabulary: int, **options):
             )
         case "electra":
             return transformers.ElectraConfig(**shape, **small, embedding_size=32, max_position_embeddings=POSITIONS)
-    raise ValueError(family)
+    # As published where that differs from the defaults; read by WordPiece, whose special tokens they must know.
+    other = {
+        "mpnet": {"max_position_embeddings": POSITIONS + 2},
+        "albert": {"max_position_embeddings": POSITIONS, "embedding_size": 32},
+        "deberta-v2": {"max_position_embeddings": POSITIONS, "relative_attention": True, "pos_att_type": "p2c|c2p"},
+        "modernbert": {"max_position_embeddings": POSITIONS},
+    }
+    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    return transformers.AutoConfig.for_model(family, **shape, **small, **special, **other[family])
 
 
 def small_tokenizer(family: str):
@@ -97,7 +105,8 @@ def small_tokenizer(family: str):
     pieces += [word for word in sorted(words, key=lambda word: (-words[word], word)) if len(word) > 1]
     trained = tokenizers.BertWordPieceTokenizer({piece: index for index, piece in enumerate(pieces[:1000])})
     kind = {"distilbert": transformers.DistilBertTokenizerFast, "electra": transformers.ElectraTokenizerFast}
-    return kind.get(family, transformers.BertTokenizerFast)(tokenizer_object=trained._tokenizer)
+    untyped = {"model_input_names": ["input_ids", "attention_mask"]} if family in ("mpnet", "modernbert") else {}
+    return kind.get(family, transformers.BertTokenizerFast)(tokenizer_object=trained._tokenizer, **untyped)
 
 
 def decide_labels(network, tokenizer) -> None:
@@ -108,6 +117,7 @@ def decide_labels(network, tokenizer) -> None:
     # text, and a head that tells such small differences apart also tells apart the differences rounding makes.
     for name, table in network.named_parameters():
         first = {"word_embeddings": tokenizer.cls_token_id, "position_embeddings": slice(0, 3), "token_type": 0}
+        first["tok_embeddings"] = tokenizer.cls_token_id
         for kind, rows in first.items():
             if kind in name:
                 table.data[rows] = 0

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
-from benchmark import charts, environment, peers, pictures, results, run, steps, tables, worker
+from benchmark import charts, environment, families, peers, pictures, results, run, steps, tables, worker
 from benchmark.process import Process
 from lab04 import LabError, artefact, backends, lab, preparation
 from lab04.backend import Unavailable
@@ -409,7 +409,7 @@ def test_cpu_is_named_by_generation(monkeypatch):
 
 def test_readme_blocks_are_filled(quick_run):
     root, name = quick_run[1].parent, quick_run[1].name
-    of_a_run = tables.TABLES.keys() - {"ablation", "excerpt"}
+    of_a_run = tables.TABLES.keys() - {"ablation", "families", "excerpt"}
     blocks = "\n".join(f"<!-- results:{name}/{table} --><!-- /results -->" for table in of_a_run)
     text = f"Before\n{blocks}\nIt has <!-- results:{name}/backends.torch-int8.model_mb:.1f -->?<!-- /results --> MB.\n"
     filled = tables.fill(text, root)
@@ -435,6 +435,21 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert measured[-1]["error"] < min(row["error"] for row in measured[:-1])
     filled = tables.fill(f"<!-- results:{folder.name}/ablation --><!-- /results -->", tmp_path)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
+
+
+def test_families_are_trained_quantised_and_told_of(tmp_path, monkeypatch):
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    monkeypatch.setattr(families, "MINILM", small)
+    monkeypatch.setitem(families.INT8_LABS, "onnxruntime", "predict.py")  # which takes no --model: a refusal
+    monkeypatch.setattr(sys, "argv", ["families", "--families", "mpnet", "--steps", "2", "--output", str(tmp_path)])
+    families.main()
+    [folder] = tmp_path.iterdir()
+    [row] = results.load(folder)["families"]
+    assert row["torch"]["headlines"] == len(lab.test_texts()) and row["torch"]["agreement"] > 0.9
+    assert row["torch"]["speed_up"] == pytest.approx(row["torch"]["fp32_ms"] / row["torch"]["ms"], abs=0.1)
+    assert "unrecognized arguments" in row["onnxruntime"]["refused"]
+    filled = tables.fill(f"<!-- results:{folder.name}/families --><!-- /results -->", tmp_path)
+    assert f"{row['torch']['agreement']:.1%}" in filled and "refused" in filled
 
 
 @pytest.mark.parametrize("name", tables.FILES)

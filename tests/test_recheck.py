@@ -100,7 +100,7 @@ def test_padded_batch_gets_the_labels_of_single_headlines(rechecked):
 
 @pytest.mark.parametrize("damage", ["missing", "edited", "threshold"])
 def test_damaged_second_graph_or_threshold_is_refused(rechecked, damage, tmp_path):
-    folder = shutil.copytree(rechecked, tmp_path / "built")
+    folder = shutil.copytree(rechecked, tmp_path / "my-optimum-recheck")
     if damage == "missing":
         (folder / recheck.GRAPH_FILE).unlink()
     elif damage == "edited":
@@ -110,7 +110,7 @@ def test_damaged_second_graph_or_threshold_is_refused(rechecked, damage, tmp_pat
     else:
         text = (folder / "manifest.json").read_text()
         (folder / "manifest.json").write_text(text.replace('"threshold": ', '"threshold": 1'))
-    with pytest.raises(LabError):
+    with pytest.raises(LabError, match=f"run python lab04-optimum.py --recheck --output {folder}$"):
         artefact.load(folder)
 
 

@@ -212,7 +212,7 @@ def figures(result: dict, name: str) -> str:
     lines += [
         "",
         f"With {LIST} headlines a request and 4 requests at once: {lists['per_second'] * LIST:.0f} headlines/s, p99 "
-        f"{lists['p99_ms']:.0f} ms. Most of the time of a request with one headline is Ray's: send lists where you can.",
+        f"{lists['p99_ms']:.0f} ms. Most of the time of a request with one headline is Ray's: send lists if you can.",
         "",
         f"![p50 and p99 over load](../results/{name}/load.png)",
         "",

@@ -1,0 +1,112 @@
+"""Which families of networks the INT8 labs serve, how fast and how faithfully: `python -m benchmark.families`.
+
+Each family gets a network in MiniLM's shape, taught our nine labels from random weights for a minute or two, so that
+its answers mean something though no model hub is reached. Both labs then quantise it, and their own closing checks say
+the rest. Writes results/HARDWARE-families/results.json; README.md shows it. A quarter of an hour.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmark import environment, results
+from lab04 import ROOT, artefact, headlines, lab, model_files
+
+MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+# As each is published where it differs from its configuration's defaults.
+DEBERTA_V3 = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 256, "share_att_key": True}
+FAMILIES: dict[str, dict] = {
+    "bert": {},
+    "distilbert": {"hidden_dim": 1536},
+    "electra": {"embedding_size": 128},
+    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
+    "xlm-roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
+    "camembert": {"max_position_embeddings": 514, "type_vocab_size": 1},
+    "mpnet": {"max_position_embeddings": 514},
+    "albert": {"embedding_size": 128},
+    "deberta-v2": DEBERTA_V3 | {"type_vocab_size": 0, "position_biased_input": False, "norm_rel_ebd": "layer_norm"},
+    "modernbert": {"intermediate_size": 576},
+}
+INT8_LABS = {"torch": "lab04-torch.py", "onnxruntime": "lab04-optimum.py"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    parser.add_argument("--steps", type=lab.positive, default=400, help="of training (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
+    arguments = parser.parse_args()
+    here = environment.describe()
+    folder = arguments.output / environment.folder_name(here, "families")
+    rows = []
+    for family in arguments.families:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows.append(measure(family, Path(scratch), arguments.steps))
+        print(json.dumps(rows[-1]))
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = {"format": results.FORMAT, "environment": here, "steps": arguments.steps, "families": rows}
+    results.save_json(folder / results.RESULTS, measured)
+    print(f"Wrote {folder}")
+    lab.suggest("make readme")
+
+
+def measure(family: str, scratch: Path, steps: int) -> dict:
+    """A family's row: its size, and for each lab the figures of its closing check, or the line in which it refused."""
+    row: dict = {"family": family, "parameters_m": train(family, scratch / "model", steps)}
+    for name, script in INT8_LABS.items():
+        command = [sys.executable, ROOT / script, "--model", scratch / "model", "--output", scratch / name]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            row[name] = {"refused": ended.stderr.strip().splitlines()[-1]}
+        else:
+            check = artefact.load(scratch / name).manifest["check"]
+            row[name] = {key: check[key] for key in ("headlines", "agreement", "fp32_ms", "ms", "speed_up")}
+    return row
+
+
+def train(family: str, folder: Path, steps: int) -> float:
+    """Write a classifier of our labels and its tokeniser; returns its parameters in millions."""
+    import torch
+    import transformers
+
+    base = model_files.find_base(model_files.DEFAULT_BASE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    rows = list(headlines.read(lab.TRAIN_HEADLINES))
+    labels = sorted({row.label for row in rows})
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    settings = MINILM | {"vocab_size": len(tokenizer), "id2label": dict(enumerate(labels))} | tokens | FAMILIES[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, **settings, label2id={label: index for index, label in enumerate(labels)}
+    )
+    network = transformers.AutoModelForSequenceClassification.from_config(config)
+    known = [name for name in tokenizer.model_input_names if name in inspect.signature(network.forward).parameters]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_input_names=known)
+    examples = [
+        {**tokenizer(row.text, truncation=True, max_length=artefact.MAX_TOKENS), "label": labels.index(row.label)}
+        for row in rows
+    ]
+    settled = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=5e-4,
+        warmup_steps=steps // 10,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        group_by_length=True,
+    )
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    transformers.Trainer(network, settled, train_dataset=examples, data_collator=collate).train()
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return round(network.num_parameters() / 1e6, 1)
+
+
+if __name__ == "__main__":
+    lab.run(main)
