@@ -40,9 +40,9 @@ def test_only_undecided_rows_of_a_batch_run_again(labels):
     assert len(exact.asked) == 1
 
 
-def test_threshold_is_the_largest_change_of_a_gap_with_its_margin():
-    quick = np.array([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25]])
-    exact = np.array([[3.0, 1.5, 0.0], [0.0, 0.25, 1.25]])  # gaps change by 0.5 and 1.25
+def test_threshold_is_the_most_by_which_a_gap_was_overstated_with_its_margin():
+    quick = np.array([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25], [1.0, 0.0, 0.0]])
+    exact = np.array([[3.0, 1.5, 0.0], [0.0, 0.25, 1.25], [9.0, 0.0, 0.0]])  # by 0.5 and 1.25; the last understated
     assert recheck.threshold_from(quick, exact) == pytest.approx(recheck.MARGIN * 1.25)
 
 
