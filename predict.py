@@ -252,7 +252,7 @@ def write_report(
             labels, rows = runners[0].artefact.labels, chart_rows(runners, results)
             charts.save_confidence_chart(path, headline.text, labels, rows, headline.label)
             print(f"\n>> Saved prediction confidence comparison to: {path}")
-    if count > arguments.charts:
+    if 0 < arguments.charts < count:
         print(f"\n(charts for the first {arguments.charts} headlines only: --charts {count} draws them all)")
     print_summary(runners, float(np.median(tokenise_ms)), count, arguments)
 

@@ -315,7 +315,7 @@ def families(measured: dict) -> str:
             kept = "refused" if "refused" in check else f"{check['agreement']:.1%}"
             cells += [ratio(check), kept]
         rows.append(cells)
-    head = ["family", "M parameters", "FP32 ms", "PyTorch INT8", "same label", "ONNX INT8", "same label"]
+    head = ["family", "M", "FP32 ms", "PyTorch", "same", "ONNX", "same"]
     return table(head, rows)
 
 
