@@ -437,11 +437,11 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
-def test_families_are_trained_quantised_and_told_of(tmp_path, monkeypatch):
+def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):
     small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
     monkeypatch.setattr(families, "MINILM", small)
     monkeypatch.setitem(families.INT8_LABS, "onnxruntime", "predict.py")  # which takes no --model: a refusal
-    monkeypatch.setattr(sys, "argv", ["families", "--families", "mpnet", "--steps", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["families", "--families", "mpnet", "--output", str(tmp_path)])
     families.main()
     [folder] = tmp_path.iterdir()
     [row] = results.load(folder)["families"]
