@@ -3,7 +3,7 @@
 Each family gets a network in MiniLM's shape with random weights, as no model hub is needed for that. Speed depends on
 the shape alone. Labels of random weights all lie near a border, so that more of them change than in a trained network.
 Both labs quantise it, and their own closing checks say the rest. Writes results/HARDWARE-families/results.json, which
-README.md shows. Ten minutes.
+docs/measuring.md shows. A quarter of an hour.
 """
 
 import argparse
