@@ -12,9 +12,10 @@ import argparse
 import os
 import sys
 import tempfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-from lab04 import LabError  # before numpy: it says in one line that no library is installed
+from lab04 import LabError, in_one_line  # before numpy: it says in one line that no library is installed
 
 # isort: split
 import numpy as np
@@ -96,7 +97,7 @@ def write_artefact(folder: Path, arguments: argparse.Namespace) -> tuple[classif
     profile = choose_profile(arguments, artefact.max_length(fp32))
 
     print("2. Export to ONNX and convert to FP16, LayerNorm kept in FP32")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, in_one_line("cannot turn this model into an FP16 graph", OSError):
         convert(lab.export_onnx(fp32.model, Path(scratch)), folder / GRAPH_FILE)
 
     print("3. Build the TensorRT engine")
@@ -137,7 +138,6 @@ def convert(exported: Path, output: Path) -> None:
     """
     import onnx
     from onnxruntime.transformers import float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load(exported)
     with lab.quiet_logging():
@@ -150,7 +150,7 @@ def convert(exported: Path, output: Path) -> None:
             # The attention mask's constant: large enough to vanish in softmax, and a score added to it stays finite.
             max_finite_val=1e4,
         )
-    OnnxModel(half).topological_sort()  # the converter puts its Casts at the end
+    sort_nodes(half.graph)  # the converter puts its Casts at the end
     onnx.checker.check_model(half, full_check=True)
     onnx.save(half, output)
 
@@ -170,8 +170,24 @@ def behind_integers(graph) -> list[str]:
         node = waiting.pop()
         if node.name not in found and node.op_type != "Shape":  # a shape is the same in every precision
             found.add(node.name)
-            waiting += [makers[name] for name in node.input if name in makers]
+            waiting += [makers[name] for name in reads(node) if name in makers]
     return sorted(found)
+
+
+def sort_nodes(graph) -> None:
+    """Put a graph's nodes in an order in which they can run; ONNX Runtime's own sort overlooks what branches read."""
+    nodes = list(graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    before = {index: [makers[name] for name in reads(node) if name in makers] for index, node in enumerate(nodes)}
+    order = [nodes[index] for index in TopologicalSorter(before).static_order()]
+    del graph.node[:]
+    graph.node.extend(order)
+
+
+def reads(node) -> list[str]:
+    """Names of the tensors that an ONNX node reads, in its branches too, if it is an If."""
+    branches = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return [*node.input, *(name for branch in branches for inner in branch.node for name in reads(inner))]
 
 
 def check_artefact(folder: Path, fp32: classifier.Classifier, threads: int) -> dict:

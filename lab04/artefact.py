@@ -30,6 +30,7 @@ FORMAT = 1  # raised when an older folder can no longer be read as it was meant
 MAX_TOKENS = 128  # longer than any headline; also the longest sequence the TensorRT engine is built for
 LIBRARIES = ("torch", "transformers", "peft", "optimum", "onnx", "onnxruntime", "tensorrt", "pycuda", "numpy")
 BUILDERS = {"torch": "lab04-torch.py", "onnxruntime": "lab04-optimum.py", "tensorrt": "lab04-nvidia.py"}
+VARIANTS = {"torch": "this-cpu", "onnxruntime": "recheck"}  # the option that makes a builder's other artefact
 
 Tokens = dict[str, np.ndarray]  # input_ids, attention_mask[, token_type_ids]: int64 [batch, sequence]
 
@@ -393,7 +394,8 @@ def rebuild_command(folder: Path) -> str:
     for backend, script in BUILDERS.items():
         lab = script.removeprefix("lab04-").removesuffix(".py")
         if backend in name or lab in name:
-            options = [f" --{option}" for option in ("recheck", "this-cpu") if option in name]
-            options += [f" --output {shlex.quote(str(folder.parent / name))}"] * (name != f"quantised-model-{lab}")
-            return f"python {script}{''.join(options)}"
+            variant = VARIANTS.get(backend)
+            option = f" --{variant}" if variant and variant in name else ""
+            output = shlex.quote(str(folder.parent / name))
+            return f"python {script}{option}" + f" --output {output}" * (name != f"quantised-model-{lab}")
     return "the lab script that built it"

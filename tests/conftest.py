@@ -31,7 +31,6 @@ HEADLINES = [
     "Climate report warns UK cities face extreme flooding by 2030",
 ]
 POSITIONS = 64  # fewer than the lab's own maximum length, so that the model's limit is the one that counts
-LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided, none beyond doubt
 
 
 def pytest_configure(config):
@@ -79,12 +78,13 @@ def small_config(family: str, vocabulary: int, **options):
     # As published where that differs from the defaults; read by WordPiece, whose special tokens they must know.
     other = {
         "mpnet": {"max_position_embeddings": POSITIONS + 2},
-        "albert": {"max_position_embeddings": POSITIONS, "embedding_size": 32},
-        "deberta-v2": {"max_position_embeddings": POSITIONS, "relative_attention": True, "pos_att_type": "p2c|c2p"},
-        "modernbert": {"max_position_embeddings": POSITIONS},
+        "albert": {"embedding_size": 32},
+        "deberta-v2": {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8},
+        "modernbert": {},
     }
     special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
-    return transformers.AutoConfig.for_model(family, **shape, **small, **special, **other[family])
+    positions = {"max_position_embeddings": POSITIONS}
+    return transformers.AutoConfig.for_model(family, **shape, **small, **special, **(positions | other[family]))
 
 
 def small_tokenizer(family: str):
@@ -109,39 +109,12 @@ def small_tokenizer(family: str):
     return kind.get(family, transformers.BertTokenizerFast)(tokenizer_object=trained._tokenizer, **untyped)
 
 
-def decide_labels(network, tokenizer) -> None:
-    """Set the head so that the labels of the training texts spread over all classes, most with a clear margin."""
-    import torch
-
-    # An empty first token holds only what attention reads from the others. A random one is nearly the same for every
-    # text, and a head that tells such small differences apart also tells apart the differences rounding makes.
-    for name, table in network.named_parameters():
-        first = {"word_embeddings": tokenizer.cls_token_id, "position_embeddings": slice(0, 3), "token_type": 0}
-        first["tok_embeddings"] = tokenizer.cls_token_id
-        for kind, rows in first.items():
-            if kind in name:
-                table.data[rows] = 0
-    head = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
-    features = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    tokens = tokenizer(training_texts(), padding=True, truncation=True, max_length=POSITIONS, return_tensors="pt")
-    with torch.inference_mode():
-        network(**tokens)
-    hook.remove()
-    [features] = features
-    mean = features.mean(0)
-    with torch.no_grad():
-        anchors = features[: head.out_features] - mean  # each class is "like this headline, not like the average"
-        weight = torch.nn.functional.normalize(anchors, dim=1)
-        weight *= LOGIT_SPREAD / ((features - mean) @ weight.T).std()
-        head.weight.copy_(weight)
-        head.bias.copy_(-weight @ mean)
-
-
 def write_model(folder: Path, family: str, labels: int, seed: int = 0, **shape) -> Path:
     """Write a random model of a family as `save_pretrained` does; `shape` is another than the family's."""
     import torch
     import transformers
+
+    from benchmark.families import decide_labels
 
     torch.manual_seed(seed)
     tokenizer = small_tokenizer(family)
@@ -149,7 +122,7 @@ def write_model(folder: Path, family: str, labels: int, seed: int = 0, **shape) 
     numbers = {name: index for index, name in names.items()}
     config = small_config(family, len(tokenizer), id2label=names, label2id=numbers, **shape)
     network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    decide_labels(network, tokenizer)
+    decide_labels(network, tokenizer, training_texts(), POSITIONS)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
