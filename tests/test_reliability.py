@@ -268,7 +268,7 @@ def test_kill_at_every_file_operation_leaves_old_new_or_none(build_in_fork, arte
 
 @pytest.mark.parametrize("backend", LABS)
 @pytest.mark.usefixtures("few_headlines")
-def test_kill_at_random_points_leaves_old_artefact_or_none(
+def test_kill_at_random_points_leaves_a_whole_artefact_or_none(
     backend, build_in_fork, artefact_folder, model_folder, tmp_path
 ):
     output = shutil.copytree(artefact_folder(backend), tmp_path / "built")
@@ -283,15 +283,17 @@ def test_kill_at_random_points_leaves_old_artefact_or_none(
         build_in_fork(lambda: run_in_process(LABS[backend], "--model", model, "--output", tmp_path / "other")), 0
     )
     seconds += time.monotonic()
+    weights = {artefact.load(folder).manifest["weights_sha256"] for folder in (output, tmp_path / "other")}
+    assert len(weights) == 2
     shutil.rmtree(tmp_path / "other")
     for _ in range(KILLS):
         process = build_in_fork(build)
         time.sleep(random.uniform(0, 0.95 * seconds))
         os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
+        os.waitpid(process, 0)
         with contextlib.suppress(FileNotFoundError):
-            found = artefact.load(output)
-            assert found.manifest["sha256"] == old or not os.WIFSIGNALED(status)
+            found = artefact.load(output)  # raises unless every file is what its manifest says
+            assert found.manifest["weights_sha256"] in weights  # a kill may come just after the new one stepped in
             old = found.manifest["sha256"]
     assert build() in (0, 3)
     assert artefact.load(output).manifest["sha256"] != old
