@@ -10,6 +10,9 @@ from lab04 import lab
 
 # Scales of the products in front of an attention.
 SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin"))
+# The Slices of a trimmed network (preparation.trim_last_layer): of BERT, RoBERTa and ELECTRA, and of DistilBERT.
+FIRST_TOKEN = ("/attention/output/Slice", "/sa_layer_norm/Slice")
+BY_TOKEN = ("LayerNormalization", "Sum", "Add", "MatMul", "Mul")  # with constants, each token by itself
 
 
 def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
@@ -43,6 +46,7 @@ def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
     put_back_scales(model.model.graph, scales)
     take_layer_norms_apart(model.model.graph)
     take_biases_out_of_gelu(model.model.graph)
+    choose_token_earlier(model.model.graph)
     model.save_model_to_file(str(output))
     return output
 
@@ -112,6 +116,33 @@ def take_biases_out_of_gelu(graph) -> None:
         replace(graph, node, parts)
 
 
+def choose_token_earlier(graph) -> None:
+    """Let a trimmed last layer go on with the first token from its attention's sums on, not only after their norm.
+
+    The optimiser finds an attention by all that follows it, so that the network itself is sliced behind.
+    """
+    from onnx import helper
+
+    constants = {item.name for item in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def choose(tensor: str, like) -> str:
+        """The name of a tensor's first token. What makes it gets first tokens alone, if nothing else reads it."""
+        maker = makers[tensor]
+        if maker.op_type in BY_TOKEN and sum(tensor in node.input for node in graph.node) == 1:
+            maker.input[:] = [name if name in constants else choose(name, like) for name in maker.input]
+            return tensor
+        chosen = helper.make_node("Slice", [tensor, *like.input[1:]], [f"{tensor}_first"])
+        graph.node.insert(list(graph.node).index(maker) + 1, chosen)
+        return chosen.output[0]
+
+    for node in [node for node in graph.node if node.op_type == "Slice" and node.name.endswith(FIRST_TOKEN)]:
+        tensor, output = choose(node.input[0], node), node.output[0]
+        graph.node.remove(node)
+        for reader in graph.node:
+            reader.input[:] = [tensor if name == output else name for name in reader.input]
+
+
 def replace(graph, node, parts: list) -> None:
     """Put nodes in the place of another; a graph's nodes must stay in the order in which they run."""
     place = list(graph.node).index(node)
@@ -139,6 +170,26 @@ def quantise(fused: Path, output: Path) -> None:
             # Fused operators carry no type information of their own; all floats in this graph are FP32.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
+    quantised = onnx.load(output)
+    drop_zero_points(quantised.graph)
+    onnx.save(quantised, output)
+
+
+def drop_zero_points(graph) -> None:
+    """Leave out the weights' zero points, all of them 0: given one a column, every product would correct for them."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    constants = {item.name: item for item in graph.initializer}
+    dropped = set()
+    for node in graph.node:
+        place = {"MatMulInteger": 3, "QAttention": 7}.get(node.op_type, len(node.input))
+        for name in node.input[place : place + 1]:
+            if name and not np.any(numpy_helper.to_array(constants[name])):
+                node.input[place] = ""
+                dropped.add(name)
+    for name in dropped - {name for node in graph.node for name in node.input}:
+        graph.initializer.remove(constants[name])
 
 
 def quantise_embeddings(graph) -> None:
