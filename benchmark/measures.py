@@ -128,13 +128,14 @@ def expected_calibration_error(truth: np.ndarray, probabilities: np.ndarray) -> 
 
 
 def latency(rounds: list[list[float]]) -> dict:
-    """Percentiles, minimum and count of times in ms, `rounds` of samples; the interval of p50 resamples whole rounds.
+    """Mean, percentiles, minimum and count of times in ms, `rounds` of samples; p50's interval resamples whole rounds.
 
     Samples of one round share a moment's clock and neighbours, so the round is what is independent.
     `quantiles_ms` are the 1st to 99th percentile, for charts.
     """
     samples = np.concatenate(rounds)
     return {
+        "mean_ms": float(samples.mean()),
         **{f"p{p}_ms": float(np.percentile(samples, p)) for p in PERCENTILES},
         "p50_interval_ms": bootstrap(
             len(rounds), lambda chosen: np.median(np.concatenate([rounds[index] for index in chosen]))

@@ -15,6 +15,8 @@ from benchmark import measures
 from lab04 import LabError, artefact, recheck
 from lab04.consistency import softmax
 
+TIMES = ("mean_ms", *(f"p{percentile}_ms" for percentile in measures.PERCENTILES), "min_ms")
+
 FORMAT = 1
 JOURNAL, RESULTS, CHANGED = "journal.jsonl", "results.json", "changed.csv"
 GAP_BINS = 60
@@ -214,7 +216,7 @@ def summary_rows(results: dict) -> list[dict]:
             close, cold = row.get("consistency", {}), row["cold_start"] or {}
             rows.append(
                 {"backend": name, "precision": row["precision"], "threads": threads, "model_mb": row["model_mb"]}
-                | {key: speed.get(key) for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "min_ms", "samples")}
+                | {key: speed.get(key) for key in (*TIMES, "samples")}
                 | {key: speed.get(key) for key in ("speed_up",)}
                 | {key: quality.get(key) for key in ("headlines", "accuracy", "macro_f1", "ece")}
                 | {key: close.get(key) for key in ("agreement", "changed", "right_to_wrong", "wrong_to_right")}

@@ -96,6 +96,7 @@ def test_calibration_of_certainty():
 def test_latency_summarises_all_samples():
     result = measures.latency([[1.0, 2.0, 3.0], [2.0, 3.0, 94.0]])
     assert result["p50_ms"] == 2.5
+    assert result["mean_ms"] == 17.5
     assert result["min_ms"] == 1
     assert (result["samples"], result["rounds"]) == (6, 2)
     assert result["p99_ms"] > 80
