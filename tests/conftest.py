@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -35,6 +36,8 @@ POSITIONS = 64  # fewer than the lab's own maximum length, so that the model's l
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would the scripts started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- Models -----------------------------------------------------------------------------------------------
