@@ -31,6 +31,8 @@ HEADLINES = [
     "AI tutor program set to roll out in Scottish schools",
     "Climate report warns UK cities face extreme flooding by 2030",
 ]
+# What sees also the connections of libraries that are no Python code, as ONNX Runtime; a file's name follows.
+RECORD_CALLS = ["strace", "-f", "-e", "trace=connect,sendto,sendmsg", "-o"]
 POSITIONS = 64  # fewer than the lab's own maximum length, so that the model's limit is the one that counts
 
 

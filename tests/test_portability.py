@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HEADLINES, ROOT, run_script
+from conftest import HEADLINES, RECORD_CALLS, ROOT, run_script
 
 from lab04 import artefact, backends, consistency, recheck
 
@@ -58,8 +58,8 @@ def node(tmp_path_factory):
     if installed.returncode:
         pytest.skip(f"npm install failed: {installed.stderr.strip().splitlines()[-1:]}")
 
-    def run(*arguments):
-        command = ["node", folder / "classify.js", *map(str, arguments)]
+    def run(*arguments, under=()):
+        command = [*under, "node", folder / "classify.js", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return run
@@ -134,8 +134,8 @@ def cpp(tmp_path_factory):
     assert made.returncode == 0, made.stderr
     assert "warning" not in made.stderr
 
-    def run(*arguments):
-        command = [folder / "classify", *map(str, arguments)]
+    def run(*arguments, under=()):
+        command = [*under, folder / "classify", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return run
@@ -155,6 +155,17 @@ def test_cpp_refuses_a_folder_that_it_would_answer_without_its_recheck(cpp, rech
     result = cpp(rechecked)
     assert (result.returncode, result.stdout) == (2, "")
     assert "second graph" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("example", ["node", "cpp"])
+def test_examples_connect_nowhere(example, request, artefact_folder, tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("no strace on this machine")
+    run, log = request.getfixturevalue(example), tmp_path / "calls"
+    result = run(artefact_folder("onnx"), under=[*RECORD_CALLS, log])
+    assert result.returncode == 0, result.stderr
+    assert "+++ exited with 0 +++" in log.read_text(), "it was watched to its end"
+    assert "AF_INET" not in log.read_text()
 
 
 def test_cpp_reports_a_missing_artefact_in_one_line(cpp, tmp_path):

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import RECORD_CALLS, ROOT, run_script
 
 from lab04 import artefact
 
@@ -74,6 +74,18 @@ def test_scripts_keep_no_telemetry_and_connect_nowhere(script, started):
     written = [str(path) for path in (folder / "home").rglob("*")]
     assert not [path for path in written if "onnxruntime" in path or "DeveloperTools" in path]
     assert not (folder / "connections").exists()
+
+
+def test_no_library_connects_anywhere_either(artefact_folder, tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("no strace on this machine")
+    predict = [sys.executable, ROOT / "predict.py", "--artefacts", artefact_folder("torch"), artefact_folder("onnx")]
+    command = [*RECORD_CALLS, tmp_path / "calls", *predict]
+    result = subprocess.run(command, cwd=tmp_path, env=empty_home(tmp_path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "+++ exited with 0 +++" in calls, "it was watched to its end"
+    assert "AF_INET" not in calls
 
 
 def test_a_users_own_setting_wins():
