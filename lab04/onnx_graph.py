@@ -124,6 +124,7 @@ def choose_token_earlier(graph) -> None:
     from onnx import helper
 
     constants = {item.name for item in graph.initializer}
+    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     makers = {name: node for node in graph.node for name in node.output}
 
     def choose(tensor: str, like) -> str:
