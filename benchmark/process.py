@@ -11,11 +11,19 @@ from lab04 import ROOT, LabError
 from lab04.run.backend import Unavailable
 
 
-class Process:
-    """A worker process that runs one backend (benchmark/worker.py); closing it ends it."""
+class WorkerFault(Exception):
+    """A fault of the lab's own code in a worker; the message is the worker's traceback."""
 
-    def __init__(self, log: Path, threads: int = 1):
-        self._log = log
+
+class Process:
+    """A worker process that runs one backend (benchmark/worker.py); closing it ends it.
+
+    forgiving: whatever goes wrong is a reason why the backend is unavailable. True for peers, whose libraries are not
+    ours to mend; a fault of our own code ends the run.
+    """
+
+    def __init__(self, log: Path, threads: int = 1, forgiving: bool = False):
+        self._log, self._forgiving = log, forgiving
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmark.worker"],
@@ -30,7 +38,10 @@ class Process:
             )
 
     def ask(self, do: str, **fields) -> dict:
-        """Have a command carried out. Raises Unavailable if the backend cannot, LabError if the user must act."""
+        """Have a command carried out.
+
+        Raises Unavailable if the backend cannot, LabError if the user must act, WorkerFault if our code is wrong.
+        """
         try:
             self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
             self._process.stdin.flush()
@@ -40,12 +51,15 @@ class Process:
         if not answer:
             lines = self._log.read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no message")
-            raise Unavailable(f"its process ended with code {self._process.wait()}: {last.strip()[:150]}")
+            died = f"its process ended with code {self._process.wait()}: {last.strip()[:150]}"
+            raise Unavailable(died) if self._forgiving else LabError(f"{self._log.stem}: {died}")
         answer = json.loads(answer)
         if "error" in answer:
             raise LabError(answer["error"])
         if "unavailable" in answer:
             raise Unavailable(answer["unavailable"])
+        if "fault" in answer:
+            raise Unavailable(answer["fault"]) if self._forgiving else WorkerFault(answer["traceback"])
         return answer
 
     def __enter__(self):

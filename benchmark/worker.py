@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact
+from lab04 import LabError, artefact, said
 from lab04.run import runtimes
 from lab04.run.backend import Unavailable
 from lab04.run.recheck import RecheckedBackend
@@ -144,8 +145,8 @@ def serve() -> None:
             answer = {"unavailable": str(error)}
         except LabError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # whatever a peer's library raises is that row's reason, not the run's end
-            answer = {"unavailable": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+        except Exception as error:  # whether it is a peer's misfortune or a fault of ours, process.py knows
+            answer = {"fault": f"{type(error).__name__}: {said(error)}", "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -342,4 +342,4 @@ def model_card(record: dict, tables: dict[str, str], arguments: argparse.Namespa
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/train.txt")

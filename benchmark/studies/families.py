@@ -38,7 +38,9 @@ LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.families", description=console.first_line(__doc__)
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
@@ -124,4 +126,4 @@ def decide_labels(network, tokenizer, texts: list[str], max_length: int) -> None
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, console, options
-from lab04.compare.charts import COLOURS, pyplot, save
+from lab04 import ROOT, console, labs, options
+from lab04.compare.charts import pyplot, save
 from lab04.quantise import preparation
 from lab04.read import classifier
 
 HEADLINE = "Cybersecurity breach exposes NHS patient records"
-GREY, BEFORE, AFTER = "#777777", COLOURS["onnxruntime"], COLOURS["torch"]
+GREY, BEFORE, AFTER = "#777777", labs.ORANGE, labs.BLUE
 SHOWN = 28  # weights or values of a close-up
 NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the steps would be too narrow to see
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.pictures", description=console.first_line(__doc__)
+    )
     options.add_model_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     arguments = parser.parse_args()
@@ -180,4 +182,4 @@ def draw_headline(plt, product: Product):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")
