@@ -9,14 +9,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
     tabulate.MIN_PADDING = 0  # else it widens every column by two beyond its header
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    right = [column > 0 and any(is_figure(row[column]) for row in rows) for column in range(len(head))]
+    columns = [[row[column] for row in rows] for column in range(len(head))]
+    right = [place > 0 and any(map(is_figure, cells)) for place, cells in enumerate(columns)]
     sides = ["right" if flush else "left" for flush in right]
     return tabulate.tabulate(rows, head, tablefmt="pipe", colalign=sides, disable_numparse=True)
 
 
 def is_figure(cell: str) -> bool:
-    """Whether a cell holds a number with at most a few words, not a sentence."""
-    return cell[:1].isdigit() and len(cell) <= 30
+    """Whether a cell holds a number with at most a name, not a phrase."""
+    return cell[:1].isdigit() and len(cell.split()) <= 5 and ";" not in cell
 
 
 def figure(number: float | None, form: str) -> str:

@@ -165,8 +165,9 @@ def load(folder: Path) -> dict:
             raise ValueError(f"format {results['format']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"no readable {folder / RESULTS} ({error}): run python -m benchmark") from error
-    floor = folder.parent / environment.folder_name(results["environment"]) / FLOOR
-    if floor.exists():
+    machine = results.get("environment")
+    floor = machine and folder.parent / environment.folder_name(machine) / FLOOR
+    if floor and floor.exists():
         results["floor_ms"] = json.loads(floor.read_text(encoding="utf-8"))["floor_ms"]
     return results
 

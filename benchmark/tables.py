@@ -273,8 +273,19 @@ def excerpt(measured: dict) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
+def python_versions(measured: dict) -> str:
+    """With which Python and PyTorch the tests passed (benchmark/studies/this_python.py)."""
+    rows = [
+        [row["python"], row["torch"], str(row["passed"])]
+        + [f"{row['failed']}" + f" ({row.get('note')})" * ("note" in row), str(row["not_run"]), str(row["commit"])]
+        for row in measured["runs"]
+    ]
+    return table(["Python", "PyTorch", "tests passed", "failed", "not run", "commit"], rows)
+
+
 TABLES = {
     "excerpt": excerpt,
+    "python-versions": python_versions,
     "hardware": hardware,
     "summary": summary,
     "latency": latency,
