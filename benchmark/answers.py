@@ -58,7 +58,7 @@ def which_one(measured: dict, real: dict | None) -> str:
         least = min(weighed, key=lambda name: ours[name]["cold_start"]["memory_mb"])
         megabytes = [row["cold_start"]["memory_mb"] for row in (ours[least], fp32)]
         answer("little memory", least, "{:.0f} MB at most; FP32 {:.0f}".format(*megabytes))
-    engine = next((row for name, row in ours.items() if name.startswith("tensorrt")), {"latency": {}})
+    engine: dict = next((row for name, row in ours.items() if name.startswith("tensorrt")), {"latency": {}})
     on_gpu = tables.time_of(engine, "1", "p50_ms")
     said = "not measured by us" if on_gpu == NOT_MEASURED else f"p50 {on_gpu} ms"
     rows.append(["an NVIDIA GPU", "TensorRT: `lab04-nvidia.py`", said])

@@ -80,7 +80,7 @@ def summarise_latency(journal: Journal, name: str) -> dict:
 
 def summarise_throughput(journal: Journal, name: str) -> tuple[dict, dict]:
     """Per thread count and batch size, over rounds: the median of headlines per second, and its least and most."""
-    samples = defaultdict(lambda: defaultdict(list))
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in journal.find("throughput"):
         for batch, per_second in entry["per_second"].get(name, {}).items():
             samples[str(entry["threads"])][batch].append(per_second)

@@ -9,6 +9,7 @@ import random
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from benchmark import environment, peers
 from benchmark.journal import open_journal
@@ -20,7 +21,7 @@ from lab04.read import classifier, headlines
 from lab04.run.backend import Unavailable
 
 # --- How much is measured ---------------------------------------------------------------------------------
-FULL = {
+FULL: dict[str, Any] = {
     "rounds": 80,  # of latency; the round is the unit that intervals resample
     "headlines_per_round": 25,
     "warm_ups": 3,  # calls before each round's block: another process had the caches
@@ -185,7 +186,7 @@ class Run:
         chance = random.Random(self.seed)
         texts = chance.choices(self.texts, k=self.amounts["throughput_headlines"])
         pairs = [(name, batch) for name in sorted(workers) for batch in self.amounts["batches"]]
-        per_second = {name: {} for name in workers}
+        per_second: dict[str, dict] = {name: {} for name in workers}
         for name, batch in _chance.sample(pairs, len(pairs)):
             if name in workers:
                 try:

@@ -250,7 +250,7 @@ def original(measured: dict) -> str:
     threads = str(measured["settings"]["threads"][0])
     rows = []
     for kind, (name, size, milliseconds, correct) in ORIGINAL.items():
-        found = next(
+        found: dict = next(
             (row for key, row in measured["backends"].items() if key.startswith(kind) and row["group"] == "lab"), {}
         )
         ours = figure(found.get("latency", {}).get(threads, {}).get("p50_ms"), ".1f")

@@ -69,7 +69,7 @@ class Worker:
         rows, rechecked = [], []
         for text in texts:
             rows.append(self._backend.logits(self._tokenise([text]))[0])
-            if isinstance(self._backend, RecheckedBackend):
+            if isinstance(self._backend, RecheckedBackend) and self._backend.rechecked is not None:
                 rechecked.append(bool(self._backend.rechecked[0]))
         answer = {"logits": np.stack(rows).round(6).astype(float).tolist()}
         return answer | ({"rechecked": sum(rechecked)} if rechecked else {})

@@ -18,7 +18,7 @@ from benchmark import documents, environment, journal, peers, results, run, tabl
 from benchmark.charts import overview
 from benchmark.journal import Journal
 from benchmark.process import Process, WorkerFault
-from benchmark.studies import families, pictures, steps
+from benchmark.studies import families, pictures, profile, steps
 from lab04 import LabError, artefact
 from lab04.artefact import contract, sealing
 from lab04.quantise import preparation
@@ -520,3 +520,27 @@ def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch
     pictures.main()
     names = [path.name for path in sorted(tmp_path.iterdir())]
     assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
+
+
+# --- Where the time goes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_profile_names_the_products(backend, artefact_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "HEADLINES", 30)
+    monkeypatch.setattr(environment, "describe", describe_once)
+    profile.run([artefact_folder(backend)], 1, tmp_path)
+    [folder] = tmp_path.iterdir()
+    measured = json.loads((folder / results.RESULTS).read_text())
+    [row] = measured["backends"].values()
+    product = {"torch": "quantized::linear_dynamic", "onnx": "DynamicQuantizeMatMul"}[backend]
+    assert row["operators_us"][product] > 0 and list(row["operators_us"])[-1] == "all others"
+    assert (folder / "operators.png").exists()
+
+
+def test_help_names_the_command_and_the_peers(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark" / "__main__.py"), "--help"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    said = "".join(capsys.readouterr().out.split())
+    assert said.startswith("usage:python-mbenchmark") and "".join(", ".join(peers.PEERS).split()) in said

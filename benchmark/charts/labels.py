@@ -49,8 +49,8 @@ def draw_differences(axis, differences: np.ndarray) -> None:
     axis.imshow(differences, cmap="PuOr_r", vmin=-2 * most, vmax=2 * most, aspect="auto")
     write_cells(axis, differences, "+d", np.zeros(differences.shape, bool))
     for place in range(len(differences)):
-        square = {"fill": False, "edgecolor": "#999999", "linewidth": 0.7, "zorder": 3}
-        axis.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, **square))
+        corner = (place - 0.5, place - 0.5)
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#999999", linewidth=0.7, zorder=3))
 
 
 def write_cells(axis, counts: np.ndarray, form: str, dark: np.ndarray) -> None:

@@ -28,9 +28,11 @@ def main() -> None:
     run = count(arguments.tests)
     folder = arguments.output / "python-versions"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = results.load(folder) if (folder / results.RESULTS).exists() else {"format": results.FORMAT, "runs": []}
+    measured: dict = (
+        results.load(folder) if (folder / results.RESULTS).exists() else {"format": results.FORMAT, "runs": []}
+    )
     others = [row for row in measured["runs"] if (row["python"], row["torch"]) != (run["python"], run["torch"])]
-    measured["runs"] = sorted([*others, run], key=lambda row: [int(part) for part in row["python"].split(".")])
+    measured["runs"] = sorted([*others, run], key=lambda row: [int(part) for part in str(row["python"]).split(".")])
     results.save_json(folder / results.RESULTS, measured)
     print(json.dumps(run))
     print(f"Wrote {folder / results.RESULTS}")
