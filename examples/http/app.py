@@ -35,9 +35,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lab04 import LabError, artefact, backends
+from lab04 import ROOT, LabError, artefact, backends
 from lab04.consistency import softmax
 
+STATIC, DYNAMIC = ROOT / "quantised-model-optimum-static", ROOT / "quantised-model-optimum"
+FOLDER = STATIC if STATIC.exists() else DYNAMIC
 MAX_BATCH = 32  # headlines; the back ends run parts of eight, so that larger batches only lengthen the wait
 QUEUE = 256  # headlines that may wait: a quarter of a second's work, and what waits longer is seldom still wanted
 MAX_HEADLINES = 128  # of one request, which otherwise would keep all others waiting

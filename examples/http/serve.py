@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
-from lab04 import ROOT, LabError, lab
+from lab04 import LabError, lab
 
 try:
     import app  # beside this file
@@ -24,7 +24,6 @@ except ModuleNotFoundError as missing:
     print(f"{missing.name} is not installed: pip install -r requirements/http.txt", file=sys.stderr)
     sys.exit(2)
 
-FOLDERS = ("quantised-model-optimum-static", "quantised-model-optimum")
 HEADERS_TIMEOUT_S = 10
 IDLE_TIMEOUT_S = 60  # of a connection between requests: longer than the usual proxy in front keeps one
 STOP_TIMEOUT_S = 30  # more than a full queue and the slowest body take
@@ -81,8 +80,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    default = next((ROOT / name for name in FOLDERS if (ROOT / name).exists()), ROOT / FOLDERS[-1])
-    add("artefact", type=Path, nargs="?", default=default, help=f"folder (default: {default.name})")
+    add("artefact", type=Path, nargs="?", default=app.FOLDER, help=f"folder (default: {app.FOLDER.name})")
     add("--threads", type=lab.positive, default=1, help="batches at once, a core each (default: %(default)s)")
     add("--queue", type=lab.positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")

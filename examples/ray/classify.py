@@ -9,6 +9,7 @@ A row whose text is null, empty or no text gets its reason in `error`, and the j
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -95,17 +97,26 @@ def ship(item: artefact.Artefact) -> dict:
     }
 
 
-def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, backends.Backend]:
-    """Open what `ship` packed. Raises LabError if the artefact or its runtime's version is another than there."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in shipped["files"].items():
-            (Path(folder) / name).write_bytes(content)
+@contextlib.contextmanager
+def unpacked(shipped: dict) -> Iterator[Path]:
+    """A folder with what `ship` packed, while a block lasts. Raises LabError if artefact or runtime differ from there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, node = Path(name), os.uname().nodename
+        for file, content in shipped["files"].items():
+            (folder / file).write_bytes(content)
         item = artefact.load(folder)
         here, wanted = version(item.backend), shipped["runtime"]
         if item.manifest["sha256"] != shipped["sha256"]:
-            raise LabError(f"worker on {os.uname().nodename} has another artefact than was sent")
+            raise LabError(f"worker on {node} has another artefact than was sent")
         if here != wanted:
-            raise LabError(f"worker on {os.uname().nodename} has {item.backend} {here}, not {wanted} as here")
+            raise LabError(f"worker on {node} has {item.backend} {here}, not {wanted} as here")
+        yield folder
+
+
+def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, backends.Backend]:
+    """Open what `ship` packed. Raises LabError as `unpacked` does."""
+    with unpacked(shipped) as folder:
+        item = artefact.load(folder)
         return item, artefact.Tokeniser(item), backends.open_backend(item, threads=1)
 
 
