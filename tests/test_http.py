@@ -21,8 +21,9 @@ for package in ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_clien
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements/http.txt")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from lab04 import artefact, backends  # noqa: E402
-from lab04.consistency import softmax  # noqa: E402
+from lab04 import artefact  # noqa: E402
+from lab04.run.runtimes import open_backend  # noqa: E402
+from lab04.run.scores import softmax  # noqa: E402
 
 SCRIPT = "examples/http/serve.py"
 QUEUE = 150  # more than the longest list: such a list is refused for its length, not for want of room
@@ -108,7 +109,7 @@ def wait_until(condition, seconds: float = 10) -> bool:
 
 def test_one_headline_gets_what_the_back_end_says(server, folder):
     item = artefact.load(folder)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), open_backend(item)
     for text in [*HEADLINES, "Zürich – ein Überblick 🗞", "\ud800"]:
         [expected] = softmax(backend.logits(tokenise([text])))
         status, answer = post(server, text)
@@ -122,7 +123,7 @@ def test_one_headline_gets_what_the_back_end_says(server, folder):
 
 def test_lists_and_many_clients_get_their_own_answers_in_order(server, folder):
     item = artefact.load(folder)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), open_backend(item)
     texts = training_texts()[:120]
     alone = np.concatenate([softmax(backend.logits(tokenise([text]))) for text in texts])
     apart = np.abs(alone[:, None] - alone[None]).max(axis=2)
@@ -174,11 +175,8 @@ def test_other_methods_and_paths_are_refused_in_json_too(server):
 def test_it_says_that_it_is_ready_and_what_it_did(server, folder):
     status, _, body = ask(server, "GET", "/healthz")
     assert status == 200
-    assert json.loads(body) == {
-        "status": "ready",
-        "artefact": artefact.load(folder).manifest["sha256"],
-        "backend": "ONNX Quantised",
-    }
+    item = artefact.load(folder)
+    assert json.loads(body) == {"status": "ready", "artefact": item.title, "sha256": item.manifest["sha256"]}
     before = metrics(server)
     assert post(server, HEADLINES)[0] == 200 and post(server, [])[0] == 400
     after = metrics(server)

@@ -35,8 +35,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lab04 import ROOT, LabError, artefact, backends
-from lab04.consistency import softmax
+from lab04 import ROOT, LabError, artefact
+from lab04.run.runtimes import open_backend
+from lab04.run.scores import softmax
 
 STATIC, DYNAMIC = ROOT / "quantised-model-optimum-static", ROOT / "quantised-model-optimum"
 FOLDER = STATIC if STATIC.exists() else DYNAMIC
@@ -159,7 +160,7 @@ def create(folder: Path | str, threads: int = 1, queue: int = QUEUE) -> Starlett
     item = artefact.load(folder)
     if item.backend == "tensorrt":
         raise LabError(f"{folder} is a GPU's engine: serve it with Triton, see examples/triton")
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item, 1)
+    tokenise, backend = artefact.Tokeniser(item), open_backend(item, 1)
     labels, most, metrics = item.labels, min(MAX_HEADLINES, queue), Metrics()
 
     def run(texts: list[str]) -> list[dict]:
@@ -220,7 +221,7 @@ def create(folder: Path | str, threads: int = 1, queue: int = QUEUE) -> Starlett
         return JSONResponse({"error": "the model failed: see the server's log"}, 500)
 
     async def ready(request: Request) -> Response:
-        return JSONResponse({"status": "ready", "artefact": item.manifest["sha256"], "backend": backend.name})
+        return JSONResponse({"status": "ready", "artefact": item.title, "sha256": item.manifest["sha256"]})
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette):

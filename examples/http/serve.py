@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
-from lab04 import LabError, lab
+from lab04 import LabError, console
+from lab04.options import positive
 
 try:
     import app  # beside this file
@@ -81,8 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("artefact", type=Path, nargs="?", default=app.FOLDER, help=f"folder (default: {app.FOLDER.name})")
-    add("--threads", type=lab.positive, default=1, help="batches at once, a core each (default: %(default)s)")
-    add("--queue", type=lab.positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
+    add("--threads", type=positive, default=1, help="batches at once, a core each (default: %(default)s)")
+    add("--queue", type=positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     add("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
     return parser.parse_args()
@@ -98,4 +99,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

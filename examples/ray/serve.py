@@ -29,7 +29,8 @@ import app
 import ray
 from ray import serve
 
-from lab04 import artefact, lab
+from lab04 import artefact, console
+from lab04.options import positive
 
 
 def main() -> None:
@@ -68,13 +69,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("artefact", type=Path, nargs="?", default=app.FOLDER, help=f"folder (default: {app.FOLDER.name})")
-    add("--replicas", type=lab.positive, default=1, help="processes (default: %(default)s)")
-    add("--threads", type=lab.positive, default=1, help="of each replica, a core each (default: %(default)s)")
-    add("--queue", type=lab.positive, default=app.QUEUE, help="headlines that may wait in each (default: %(default)s)")
+    add("--replicas", type=positive, default=1, help="processes (default: %(default)s)")
+    add("--threads", type=positive, default=1, help="of each replica, a core each (default: %(default)s)")
+    add("--queue", type=positive, default=app.QUEUE, help="headlines that may wait in each (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
-    add("--port", type=lab.positive, default=8000, help="default: %(default)s")
+    add("--port", type=positive, default=8000, help="default: %(default)s")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)
