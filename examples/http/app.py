@@ -207,7 +207,7 @@ def create(folder: Path | str, threads: int = 1, queue: int = QUEUE) -> Starlett
                 raise HTTPException(400, f"headline {number} is not text: send it in double quotes")
             if not text.strip():
                 raise HTTPException(400, f"headline {number} is empty")
-            if dropped := tokenise.dropped(text):
+            if dropped := tokenise.dropped(text, tokenise([text])):
                 sentence = f"headline {number} is too long: the model would not read its last {dropped} tokens"
                 raise HTTPException(413, sentence)
 
