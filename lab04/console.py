@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         message, code = f"{error.name} is not installed: pip install -r requirements.txt", 2
     except KeyboardInterrupt:
-        message, code = "interrupted, nothing was changed", INTERRUPTED
+        message, code = "interrupted", INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
         code = READER_GONE
     except OSError as error:

@@ -47,6 +47,7 @@ def check_int8(folder: Path, fp32: Classifier, threads: int, chosen: Texts) -> d
             f"largest probability change {result['max_probability_change']:.3f}"
         )
         check_batches(backend, tokenise, fp32, texts)
+        print_rechecked(backend, tokenise, texts)
         speed = race(fp32, backend, tokenise, texts[:TIMED], threads)
         changed = changed_headlines(texts, reference, logits, built.labels)
         print_bought(speed, changed, result)
@@ -115,6 +116,17 @@ def check_batches(backend: Backend, tokenise: Tokeniser, fp32: Classifier, texts
             f"in batches of {', '.join(map(str, BATCHES))}, short and long texts together: {error}"
         ) from error
     print(f"   in batches of {', '.join(map(str, BATCHES))}: {result['agreement']:.1%} same label")
+
+
+def print_rechecked(backend: Backend, tokenise: Tokeniser, texts: list[str]) -> None:
+    """Say how many texts a second graph decides, if there is one: those take several times as long."""
+    decided = []
+    for text in texts[:TIMED]:
+        backend.logits(tokenise([text]))
+        decided += [] if backend.rechecked is None else backend.rechecked.tolist()
+        if not decided:
+            return
+    print(f"   {np.mean(decided):.0%} of the texts run again in the second graph")
 
 
 def unknown_share(fp32: Classifier, texts: list[str]) -> float:
