@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ for package in ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_clien
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements/http.txt")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
+from benchmark import results, tables  # noqa: E402
 from lab04 import artefact  # noqa: E402
 from lab04.run.runtimes import open_backend  # noqa: E402
 from lab04.run.scores import softmax  # noqa: E402
@@ -289,3 +292,32 @@ def test_what_cannot_be_served_is_said_in_one_line(folder, tmp_path):
     ended = run_script(SCRIPT, "--artefact", tmp_path / "none")
     assert ended.returncode == 2 and ended.stderr.startswith("serve.py: missing artefact ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="no wrk: apt-get install wrk")
+def test_the_study_measures_what_its_tables_show(folder, tmp_path):
+    options = ["--servers", "http", "--clients", "1", "4", "--seconds", "1", "--requests", "50", "--headlines", "0"]
+    command = [sys.executable, "-m", "benchmark.studies.serving", "--artefact", str(folder), "--port", "18483"]
+    ended = subprocess.run([*command, *options, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    [written] = tmp_path.iterdir()
+    assert written.name.endswith("-serving") and (written / "load.png").stat().st_size > 10_000
+    measured = results.load(written)
+    rows = measured["servers"]["http"]["load"]
+    assert [row["clients"] for row in rows] == [1, 4]
+    for row in rows:
+        assert row["answers"] > 0 and row["refused"] == row["lost"] == 0 and 0 < row["p50_ms"] <= row["p99_ms"]
+    overload = measured["overload"]
+    for name in ("patient", "at_once"):
+        assert overload[name]["per_second"] > 0 and overload[name]["refused"] > 0
+    assert overload["at_once"]["refused"] > overload["patient"]["refused"], "who waits is refused less often"
+    assert measured["servers"]["http"]["memory"]["requests"] >= 50
+    for name in ("serving", "serving-run", "serving-memory", "serving-overload"):
+        assert str(measured["date"] if name == "serving-run" else rows[0]["refused"]) in tables.TABLES[name](measured)
+
+
+def test_the_study_says_in_one_line_what_is_missing(folder):
+    command = [sys.executable, "-m", "benchmark.studies.serving", "--artefact", str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PATH": ""})
+    assert ended.returncode == 2
+    assert ended.stderr == "serving.py: wrk is not installed: sudo apt-get install wrk\n"

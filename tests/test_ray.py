@@ -82,7 +82,6 @@ def test_fields_of_json_lines_may_vary_from_block_to_block(classify, tmp_path, m
     odd = [{"text": "A", "late": "\ud800", "mixed": {"a": [1]}, "big": 2**60, "label": 3}, {"text": 5}, {"mixed": "é"}]
     lines = [json.dumps(row) for row in rows + odd]
     source.write_text("\n".join([*lines, "[1]", "{"]) + "\n")
-    monkeypatch.setattr(classify, "BATCH", 2048)
     run(classify, monkeypatch, source, output, "--batch-size", "2048")
 
     table = classify.pa.parquet.read_table(output)
