@@ -387,7 +387,8 @@ def serving_overload(measured: dict) -> str:
 
 def serving_file(measured: dict) -> str:
     """A file of headlines through Ray Data (examples/ray/classify.py)."""
-    file = measured["file"]
+    if not (file := measured.get("file")):
+        return "Not measured on this machine."
     rows = [
         [f"`classify.py --workers {number}`", str(row["per_second"]), f"{row['changed']:,} of {file['headlines']:,}"]
         for number, row in file["workers"].items()

@@ -87,10 +87,10 @@ def main() -> None:
         )
     here = environment.describe()
     folder = arguments.output / environment.folder_name(here, "serving")
-    measured = measure(arguments, here)
     folder.mkdir(parents=True, exist_ok=True)
-    results.save_json(folder / results.RESULTS, measured)
-    save_chart(folder / "load.png", measured)
+    for measured in measure(arguments, here):
+        results.save_json(folder / results.RESULTS, measured)
+        save_chart(folder / "load.png", measured)
     print(f"Wrote {folder / results.RESULTS} and load.png beside it")
     console.suggest("python -m benchmark --readme")
 
@@ -110,8 +110,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(arguments: argparse.Namespace, here: dict) -> dict:
-    """results.json."""
+def measure(arguments: argparse.Namespace, here: dict) -> Iterator[dict]:
+    """results.json, after each piece of work: if the next one fails, what was measured is there."""
     item = artefact.load(arguments.artefact)
     measured = {
         "format": results.FORMAT,
@@ -125,12 +125,13 @@ def measure(arguments: argparse.Namespace, here: dict) -> dict:
         "servers": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
+        measured["overload"] = measure_overload(arguments, Path(scratch))
         for name in arguments.servers:
             measured["servers"][name] = measure_server(name, arguments, Path(scratch))
-        measured["overload"] = measure_overload(arguments, Path(scratch))
+            yield measured
         if arguments.headlines:
             measured["file"] = measure_file(item, arguments.headlines, Path(scratch))
-    return measured
+            yield measured
 
 
 def installed(name: str) -> str | None:
@@ -184,7 +185,7 @@ def running(name: str, arguments: argparse.Namespace, *more: str) -> Iterator[in
     """A server's process for the time of a block; gives its port. Raises LabError if it does not start."""
     title, command, settings = SERVERS[name]
     given = [] if name == "ray-empty" else ["--artefact", str(arguments.artefact)]
-    command = [sys.executable, *map(str, command), *given, "--port", str(arguments.port), *more]
+    command = [sys.executable, *(str(part) for part in command), *given, "--port", str(arguments.port), *more]
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(
@@ -236,7 +237,7 @@ def memory_mb(port: int) -> float:
 
 def measure_overload(arguments: argparse.Namespace, scratch: Path) -> dict:
     """More clients than find room, who come back when they were told to or at once, beside one that is timed."""
-    measured = dict(OVERLOAD)
+    measured: dict = {**OVERLOAD}
     with running("http", arguments, "--queue", str(OVERLOAD["queue"])) as port:
         for name, patient in (("patient", True), ("at_once", False)):
             with probing(port) as refusals_ms:
@@ -319,8 +320,9 @@ def serve_nothing(port: int) -> None:
 
     ray.init(logging_level="WARNING", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    app = serve.deployment(serve.ingress(build)(), name="empty", max_ongoing_requests=2560)
-    serve.run(app.options(logging_config={"enable_access_log": False}).bind(), route_prefix="/")
+    quiet = {"enable_access_log": False}
+    app = serve.deployment(serve.ingress(build)(), name="empty", max_ongoing_requests=2560, logging_config=quiet)
+    serve.run(app.bind(), route_prefix="/")
     print("Serving nothing", flush=True)
     threading.Event().wait()
 

@@ -174,7 +174,7 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
         body = await read(request)
         batches.check_room(1)  # a refusal is quick: nothing of the request is looked at
         given = parse(body)
-        texts = given if isinstance(given, list) else [given]
+        texts: list = given if isinstance(given, list) else [given]
         check(texts)
         answers = asyncio.gather(*batches.add(texts))
         # The body is read: all that can still come is that the client goes away.
