@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, preparation
+from lab04 import LabError
+from lab04.quantise import preparation
 from lab04.run import int8_engine
 
 COMPILER = "g++"
-FLAGS = (
-    "-std=gnu++17 -O3 -march=native -shared -fPIC -Wno-psabi "
-    "-ffinite-math-only -fno-signed-zeros -fno-math-errno"  # minima and roots by one instruction
-).split()
+FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"]
+FLAGS += ["-ffinite-math-only", "-fno-signed-zeros", "-fno-math-errno"]  # minima and roots by one instruction each
 ACTIVATIONS = {  # by the names of `transformers`, as the engine numbers them
     "gelu": 1,
     "gelu_python": 1,
@@ -38,6 +37,13 @@ def check_here() -> None:
         raise LabError("--this-cpu needs Linux, whose /proc/cpuinfo names the processor's flags")
 
 
+def build(network, folder: Path) -> dict:
+    """Write weights file and engine of a prepared network into a folder. Returns what its manifest must say of them."""
+    write_weights(network, folder / int8_engine.WEIGHTS_FILE)
+    compile_engine(folder / int8_engine.LIBRARY_FILE)
+    return {"compiled_for": {"library": int8_engine.LIBRARY_FILE, "flags": int8_engine.processor_flags()}}
+
+
 def compile_engine(library: Path, *options: str) -> None:
     """Compile the engine for this processor; `options` are further ones of g++. Raises LabError with its first line."""
     done = subprocess.run(
@@ -49,7 +55,7 @@ def compile_engine(library: Path, *options: str) -> None:
 
 
 def write_weights(network, file: Path) -> None:
-    """Write the weights file of a network that `preparation.prepare` gave. Raises LabError for what it does not know."""
+    """Write the weights file of a network that `preparation.prepare` gave. Raises LabError for an unknown part."""
     from safetensors.numpy import save_file
 
     shape, tensors = read_network(network)

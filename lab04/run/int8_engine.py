@@ -14,7 +14,7 @@ import numpy as np
 
 from lab04 import LabError
 from lab04.artefact import Artefact, Tokens
-from lab04.backend import Backend, OutputCheck
+from lab04.run.backend import Backend, OutputCheck
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WEIGHTS_FILE, LIBRARY_FILE = "model_int8.safetensors", "int8_engine.so"
@@ -122,7 +122,9 @@ class Engine:
                 raise MemoryError from None
         logits = np.empty((len(lengths), self.shape.labels), np.float32)
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in (ids, types, lengths))
-        self._library.engine_logits(self._model, workspace, *pointers, len(lengths), ctypes.c_void_p(logits.ctypes.data))
+        self._library.engine_logits(
+            self._model, workspace, *pointers, len(lengths), ctypes.c_void_p(logits.ctypes.data)
+        )
         self._workspaces.put(workspace)
         return logits
 
@@ -137,7 +139,6 @@ class Engine:
 class Int8EngineBackend(Backend):
     """INT8 by code for this one processor."""
 
-    name = "C++ Quantised"
     device = "CPU"
 
     def __init__(self, artefact: Artefact, threads: int):
@@ -146,7 +147,7 @@ class Int8EngineBackend(Backend):
         try:
             self._engine = Engine(artefact.folder / manifest["compiled_for"]["library"], artefact.model_file)
         except (ValueError, OSError) as error:
-            raise LabError(f"cannot open {artefact.folder} ({error}): run {build_command(artefact)}") from error
+            raise LabError(f"cannot open {artefact.folder} ({error}): run {artefact.rebuild_command}") from error
         self._check = OutputCheck(artefact)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -199,12 +200,8 @@ def check_processor(artefact: Artefact) -> None:
     """Raise LabError, before any compiled code is opened, unless this processor has all the flags it was built for."""
     wanted = artefact.manifest["compiled_for"]
     if "library" not in wanted:
-        raise LabError(f"{artefact.folder} was built by an older lab: run {build_command(artefact)}")
+        command = f"python lab04-torch.py --this-cpu --output {artefact.folder}"
+        raise LabError(f"{artefact.folder} is of an older lab, which compiled by PyTorch: run {command}")
     if missing := sorted(set(wanted["flags"]) - set(processor_flags())):
         needs = f"a processor with {' '.join(missing[:3])}"
-        raise LabError(f"{artefact.folder} is compiled code that needs {needs}: run {build_command(artefact)} here")
-
-
-def build_command(artefact: Artefact) -> str:
-    """The command that builds such an artefact for the processor it runs on."""
-    return f"python lab04-torch.py --this-cpu --output {artefact.folder}"
+        raise LabError(f"{artefact.folder} is compiled code that needs {needs}: run {artefact.rebuild_command} here")

@@ -1,4 +1,4 @@
-"""What each step of the INT8 preparation is worth: `python -m benchmark.steps`.
+"""What each step of the INT8 preparation is worth: `python -m benchmark.studies.steps`.
 
 Quantises with PyTorch several times, each time with one step more, and runs every headline through all of them in
 random order, in one process with one thread. Writes results/HARDWARE-ablation/results.json; docs/int8.md shows it.
@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
-from lab04 import ROOT, artefact, classifier, headlines, lab, preparation
+from lab04 import ROOT, console, options
+from lab04.console import quiet_logging
+from lab04.quantise import preparation
+from lab04.read import classifier, headlines
+from lab04.read.texts import TEST_HEADLINES
 
 STEPS = {
     "last layer for the one token that is read": lambda network, _: preparation.trim_last_layer(network),
@@ -25,9 +29,9 @@ WARM_UPS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
-    lab.add_model_options(parser)
-    parser.add_argument("--data", type=Path, default=lab.TEST_HEADLINES, help="labelled headlines (default: test.csv)")
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    options.add_model_options(parser)
+    parser.add_argument("--data", type=Path, default=TEST_HEADLINES, help="labelled headlines (default: test.csv)")
     headlines.add_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
@@ -52,7 +56,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['step']:<50} {row['error']:7.2%} {row['changed']:5d} {row['speed']:6.2f}x")
     print(f"Wrote {folder}")
-    lab.suggest("make readme")
+    console.suggest("make readme")
 
 
 def build_variants(fp32: classifier.Classifier) -> dict:
@@ -68,7 +72,7 @@ def build_variants(fp32: classifier.Classifier) -> dict:
         return torch_lab["trace"](*torch_lab["give_logits"](network, fp32))
 
     network = copy.deepcopy(fp32.model)
-    with lab.quiet_logging():
+    with quiet_logging():
         variants = {"`quantize_dynamic` as it is": traced(quantization.quantize_dynamic(network, {torch.nn.Linear}))}
     name = "7-bit weights a row, 8-bit activations; 8-bit embeddings a row"
     variants[name] = traced(torch_lab["quantise"](network))
@@ -87,10 +91,10 @@ def measure(variants: dict, fp32: classifier.Classifier, texts: list[str]) -> li
     import torch
     from tqdm import tqdm
 
-    reference = lab.fp32_logits(fp32, texts)
+    reference = fp32.logits(texts)
     logits = {name: np.empty_like(reference) for name in variants}
     times_ms = {name: np.empty(len(texts)) for name in variants}
-    length = artefact.max_length(fp32)
+    length = fp32.max_length
     shuffle = random.Random(0)
     with torch.inference_mode():
         for number in tqdm(range(-WARM_UPS, len(texts)), "Headlines", disable=None):
@@ -113,4 +117,4 @@ def measure(variants: dict, fp32: classifier.Classifier, texts: list[str]) -> li
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from benchmark import charts, environment, results
-from lab04 import artefact, backends, lab
+from lab04 import artefact
+from lab04.read.texts import held_out_headlines
+from lab04.run import runtimes
 
 HEADLINES = 200
 WARM_UPS = 20
@@ -27,7 +29,7 @@ def run(artefacts: list[Path], threads: int, output: Path) -> None:
     for path in artefacts:
         built = artefact.load(path)
         tokenise = artefact.Tokeniser(built)
-        batches = [tokenise([text]) for text in lab.test_texts()[:HEADLINES]]
+        batches = [tokenise([text]) for text in held_out_headlines()[:HEADLINES]]
         operators = PROFILERS[built.backend](built, batches, threads)
         measured["backends"][path.name] = {"backend": built.backend, "operators_us": operators}
         total = sum(operators.values())
@@ -45,7 +47,7 @@ def profile_onnxruntime(built: artefact.Artefact, batches: list[artefact.Tokens]
 
     kinds: Counter = Counter()
     with tempfile.TemporaryDirectory() as scratch:
-        options = backends.session_options(threads)
+        options = runtimes.session_options(threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(scratch) / "trace")
         session = onnxruntime.InferenceSession(str(built.model_file), options, providers=["CPUExecutionProvider"])
@@ -63,10 +65,10 @@ def profile_torch(built: artefact.Artefact, batches: list[artefact.Tokens], thre
     """Microseconds a headline by kind of operator, most first, from PyTorch's profiler: each operator's own time."""
     from torch.profiler import ProfilerActivity, profile
 
-    with backends.open_backend(built, threads) as backend:
+    with runtimes.open_backend(built, threads) as backend:
         for tokens in batches[:WARM_UPS]:
             backend.logits(tokens)
-        with backends.quiet_stderr(), profile(activities=[ProfilerActivity.CPU]) as trace:  # it reports its own start
+        with runtimes.quiet_stderr(), profile(activities=[ProfilerActivity.CPU]) as trace:  # it reports its own start
             for tokens in batches:
                 backend.logits(tokens)
     return largest(Counter({row.key: row.self_cpu_time_total for row in trace.key_averages()}), len(batches))

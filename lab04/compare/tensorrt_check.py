@@ -6,22 +6,26 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact, backends, lab, tensorrt_engine
+from lab04 import LabError, said
+from lab04.artefact import Tokeniser, load
+from lab04.compare.closing_check import check_fp16
+from lab04.console import suggest
+from lab04.read.texts import held_out_headlines
+from lab04.run import runtimes, tensorrt_engine
 
 CALLS, WARM_UPS = 60, 10  # of the latency step
 INDEPENDENT = ("TensorRT", "PyCUDA", "driver")  # worth knowing even where another step failed
 HEADLINES = 3  # run by the last steps
 
 
-def self_check(build: Callable, compare: Callable) -> None:
+def self_check(build: Callable) -> None:
     """Run every step and print its line; LabError at the end if one failed. The engine goes to a scratch folder.
 
     build: fills a folder as the lab does; returns the FP32 classifier, and why there is no engine or None
-    compare: checks folder and classifier against each other; returns the figures
     """
-    failed = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, work in Steps(build, compare, Path(scratch)).all.items():
+        for name, work in Steps(build, Path(scratch)).all.items():
             if failed and name not in INDEPENDENT:
                 print(f"SKIP  {name}")
                 continue
@@ -30,20 +34,20 @@ def self_check(build: Callable, compare: Callable) -> None:
             except Exception as error:  # whatever it is: the point is to report it
                 failed.append(name)
                 kind = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
-                print(f"FAIL  {name}: {kind}{tensorrt_engine.one_line(error)}")
+                print(f"FAIL  {name}: {kind}{said(error)}")
     if failed:
         raise LabError(
             f"failed: {', '.join(failed)}. If docs/tensorrt.md does not help, open an issue with the lines "
             "above and the output of nvidia-smi and pip freeze"
         )
-    lab.suggest("python lab04-nvidia.py")
+    suggest("python lab04-nvidia.py")
 
 
 class Steps:
     """The steps of the check. Each returns a line of detail or raises; later ones use what earlier ones made."""
 
-    def __init__(self, build: Callable, compare: Callable, folder: Path):
-        self._build, self._compare, self._folder = build, compare, folder
+    def __init__(self, build: Callable, folder: Path):
+        self._build, self._folder = build, folder
         self.all = {
             "TensorRT": self.tensorrt,
             "PyCUDA": self.pycuda,
@@ -74,28 +78,28 @@ class Steps:
         self._fp32, absent = self._build(self._folder)
         if absent:
             raise LabError(absent)
-        self._built = artefact.load(self._folder)
-        self._tokenise = artefact.Tokeniser(self._built)
+        self._built = load(self._folder)
+        self._tokenise = Tokeniser(self._built)
         return f"{self._built.model_file.name}, {self._built.model_mb:.1f} MB"
 
     def agreement(self) -> str:
-        result = self._compare(self._folder, self._fp32)
+        result = check_fp16(self._folder, self._fp32, 1)
         return (
             f"{result['agreement']:.1%} of {result['headlines']} labels as FP32, "
             f"logits within {result['max_logit_change']:.4f}"
         )
 
     def labels(self) -> str:
-        names, texts = self._built.labels, lab.test_texts()[:HEADLINES]
+        names, texts = self._built.labels, held_out_headlines()[:HEADLINES]
         self._logits = self._run(texts)
-        found, expected = self._logits.argmax(axis=1), lab.fp32_logits(self._fp32, texts).argmax(axis=1)
+        found, expected = self._logits.argmax(axis=1), self._fp32.logits(texts).argmax(axis=1)
         if found.tolist() != expected.tolist():
             raise LabError(f"{[names[i] for i in found]} where FP32 says {[names[i] for i in expected]}")
         return f"{len(names)} of them; the first headlines are {', '.join(names[i] for i in found)}"
 
     def latency(self) -> str:
-        tokens, times = self._tokenise(lab.test_texts()[:1]), []
-        with backends.open_backend(self._built) as backend:
+        tokens, times = self._tokenise(held_out_headlines()[:1]), []
+        with runtimes.open_backend(self._built) as backend:
             for _ in range(CALLS):
                 backend.logits(tokens)
                 times.append((backend.compute_ms, backend.end_to_end_ms))
@@ -106,7 +110,7 @@ class Steps:
         return f"compute {compute_ms:.3f} ms, end to end {end_to_end_ms:.3f} ms, one headline of {length} tokens"
 
     def clean_up(self) -> str:
-        again = self._run(lab.test_texts()[:HEADLINES])
+        again = self._run(held_out_headlines()[:HEADLINES])
         if tensorrt_engine.import_pycuda().Context.get_current() is not None:
             raise LabError("a CUDA context is still current after closing")
         if not np.allclose(again, self._logits, atol=1e-3):
@@ -115,5 +119,5 @@ class Steps:
 
     def _run(self, texts: list[str]) -> np.ndarray:
         """Logits of an engine opened and closed for these texts alone."""
-        with backends.open_backend(self._built) as backend:
+        with runtimes.open_backend(self._built) as backend:
             return backend.logits(self._tokenise(texts))

@@ -10,9 +10,9 @@ import weakref
 
 import numpy as np
 
-from lab04 import LabError
+from lab04 import LabError, one_line, said
 from lab04.artefact import Artefact, Tokens
-from lab04.backend import Backend, OutputCheck, Unavailable
+from lab04.run.backend import Backend, OutputCheck, Unavailable
 
 INSTALL = "pip install -r requirements/gpu.txt"
 REBUILD = "run python lab04-nvidia.py"
@@ -24,8 +24,6 @@ class TensorRTBackend(Backend):
     After each call `compute_ms` is the GPU time of the network alone (CUDA events) and `end_to_end_ms` the time of the
     whole call with its copies. Replaying a CUDA graph per shape is left out: whether it pays was never measured.
     """
-
-    name = "TensorRT FP16"
 
     def __init__(self, artefact: Artefact, threads: int = 1):
         facts = artefact.manifest["engine"]
@@ -209,7 +207,7 @@ def import_tensorrt():
     except ModuleNotFoundError as error:
         raise Unavailable(f"TensorRT is not installed ({INSTALL})") from error
     except (ImportError, OSError) as error:
-        raise Unavailable(f"TensorRT does not load ({one_line(error)})") from error
+        raise Unavailable(f"TensorRT does not load ({said(error)})") from error
     return tensorrt
 
 
@@ -222,12 +220,12 @@ def import_pycuda():
     except (ImportError, OSError) as error:
         if "libcuda" in str(error) or "nvcuda" in str(error):
             raise Unavailable("no NVIDIA driver on this machine (libcuda does not load)") from error
-        raise Unavailable(f"PyCUDA does not load ({one_line(error)}): build it again, see docs/tensorrt.md") from error
+        raise Unavailable(f"PyCUDA does not load ({said(error)}): build it again, see docs/tensorrt.md") from error
     try:
         cuda.init()
         devices = cuda.Device.count()
     except cuda.Error as error:
-        raise Unavailable(f"the NVIDIA driver finds no usable GPU ({one_line(error)})") from error
+        raise Unavailable(f"the NVIDIA driver finds no usable GPU ({said(error)})") from error
     if not devices:
         raise Unavailable("the NVIDIA driver finds no GPU")
     return cuda
@@ -281,9 +279,4 @@ def cuda_errors(cuda):
     except cuda.MemoryError as error:
         raise Unavailable("out of GPU memory: give a smaller --max, or close other programs") from error
     except cuda.Error as error:
-        raise LabError(f"CUDA failed ({one_line(error)}): run python lab04-nvidia.py --check") from error
-
-
-def one_line(error: object) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+        raise LabError(f"CUDA failed ({said(error)}): run python lab04-nvidia.py --check") from error

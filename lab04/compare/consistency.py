@@ -3,6 +3,7 @@
 import numpy as np
 
 from lab04 import LabError
+from lab04.run.scores import softmax
 
 # A headline whose two best FP32 probabilities lie closer than this has no clear label to keep.
 DECIDED_MARGIN = 0.10
@@ -10,17 +11,6 @@ DECIDED_MARGIN = 0.10
 # swapped inputs, a wrong head or saturating arithmetic move it by tenths.
 MIN_DECIDED_AGREEMENT = 0.98
 MAX_MEAN_CHANGE = 0.05
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits [..., labels], in float64 and safe from overflow."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
-
-
-def top(probabilities: np.ndarray, count: int = 5) -> list[int]:
-    """Indices of the `count` largest of one row of probabilities, largest first; ties in label order."""
-    return np.argsort(-probabilities, kind="stable")[:count].tolist()
 
 
 def compare(reference_logits: np.ndarray, logits: np.ndarray) -> dict:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from lab04 import LabError
-from lab04.artefact import Artefact, Tokens, rebuild_command
+from lab04.artefact import Artefact, Tokens
 
 
 class Unavailable(LabError):
@@ -13,9 +13,8 @@ class Unavailable(LabError):
 
 
 class Backend:
-    """What every runtime has: a name, a device, `logits`, and it can be closed, or used in a `with` block."""
+    """What every runtime has: a device, `logits`, and it can be closed, or used in a `with` block."""
 
-    name: str
     device: str
     rechecked: np.ndarray | None = None  # bool [batch] of the last call, where a second graph decides close ones
 
@@ -44,6 +43,6 @@ class OutputCheck:
         if logits.shape[-1] != len(self._artefact.labels) or not math.isfinite(sum(logits.ravel().tolist())):
             raise LabError(
                 f"{self._artefact.folder} gives {logits.shape[-1]} scores for {len(self._artefact.labels)} labels, "
-                f"or scores that are no numbers: run {rebuild_command(self._artefact.folder)}"
+                f"or scores that are no numbers: run {self._artefact.rebuild_command}"
             )
         return logits

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, consistency
-from lab04.artefact import Artefact, Tokeniser, Tokens, rebuild_command
-from lab04.backend import Backend, OutputCheck
-from lab04.recheck import RecheckedBackend
+from lab04 import LabError
+from lab04.artefact import Artefact, Tokeniser, Tokens
+from lab04.run.backend import Backend, OutputCheck
+from lab04.run.recheck import RecheckedBackend
+from lab04.run.scores import softmax
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (docs/measuring.md, "Threads").
@@ -33,8 +34,7 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
 
     Raises `backend.Unavailable` if its library or device is not here, LabError if it answers otherwise than FP32 did.
     """
-    make = CompiledBackend if artefact.compiled else BACKENDS[artefact.backend]
-    backend = make(artefact, threads)
+    backend = open_runtime(artefact, threads)
     if recheck := artefact.manifest.get("recheck"):
         exact = OnnxRuntimeBackend(artefact, threads, artefact.folder / recheck["graph"])
         backend = RecheckedBackend(backend, exact, recheck["threshold"])
@@ -44,6 +44,15 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
         backend.close()
         raise
     return backend
+
+
+def open_runtime(artefact: Artefact, threads: int) -> Backend:
+    """The runtime of an artefact's own model, without the graph that may recheck it."""
+    if "this-cpu" in artefact.options:
+        from lab04.run.int8_engine import Int8EngineBackend
+
+        return Int8EngineBackend(artefact, threads)
+    return BACKENDS[artefact.backend](artefact, threads)
 
 
 def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
@@ -56,12 +65,11 @@ def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
         return
     tokenise = Tokeniser(artefact)
     for item in known:
-        reference = np.array([item["fp32_logits"]])
-        result = consistency.compare(reference, backend.logits(tokenise([item["text"]])))
-        if result["agreement"] < 1 or result["max_probability_change"] > MAX_KNOWN_CHANGE:
+        expected, found = softmax(np.array(item["fp32_logits"])), softmax(backend.logits(tokenise([item["text"]]))[0])
+        if expected.argmax() != found.argmax() or np.abs(found - expected).max() > MAX_KNOWN_CHANGE:
             raise LabError(
                 f"{artefact.folder} gives wrong answers on this processor ({platform.machine()}, its own check "
-                f"headlines differ from FP32): run {rebuild_command(artefact.folder)} here"
+                f"headlines differ from FP32): run {artefact.rebuild_command} here"
             )
 
 
@@ -85,15 +93,12 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
 
     ONNX Runtime computes in FP32 between FP16 weights here: this says nothing about a GPU's speed or arithmetic.
     """
-    backend = OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
-    backend.name = "TensorRT FP16"
-    return backend
+    return OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
 
 
 class TorchBackend(Backend):
     """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
 
-    name = "PyTorch Quantised"
     device = "CPU"
 
     def __init__(self, artefact: Artefact, threads: int):
@@ -101,17 +106,13 @@ class TorchBackend(Backend):
 
         self._torch = torch
         torch.set_num_threads(threads)
-        self._module = self.load(artefact)
+        # By where it is opened, not by where it was built: the packed weights are the same for every engine.
+        supported = torch.backends.quantized.supported_engines
+        torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
+        with quiet_stderr():
+            self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
         self._names = artefact.manifest["tokenizer"]["inputs"]
         self._check = OutputCheck(artefact)
-
-    def load(self, artefact: Artefact):
-        """The callable that takes token tensors in the order of the artefact's inputs and gives logits."""
-        # By where it is opened, not by where it was built: the packed weights are the same for every engine.
-        supported = self._torch.backends.quantized.supported_engines
-        self._torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
-        with quiet_stderr():
-            return self._torch.jit.load(str(artefact.model_file), map_location="cpu")
 
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
@@ -122,21 +123,9 @@ class TorchBackend(Backend):
             return self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names)).numpy()
 
 
-class CompiledBackend(TorchBackend):
-    """INT8 compiled for one kind of processor (lab04/this_cpu.py)."""
-
-    name = "PyTorch Compiled"
-
-    def load(self, artefact: Artefact):
-        from lab04 import this_cpu
-
-        return this_cpu.load(artefact)
-
-
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it."""
 
-    name = "ONNX Quantised"
     device = "CPU"
 
     def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
@@ -202,7 +191,7 @@ def quiet_stderr():
 
 def open_tensorrt(artefact: Artefact, threads: int):
     """The TensorRT backend, whose module is read only when it is asked for."""
-    from lab04.tensorrt_engine import TensorRTBackend
+    from lab04.run.tensorrt_engine import TensorRTBackend
 
     return TensorRTBackend(artefact, threads)
 

@@ -5,8 +5,9 @@ Rounding moves logits a little, so it can only change a label whose two best log
 
 import numpy as np
 
-from lab04 import artefact
-from lab04.backend import Backend
+from lab04.artefact import Tokeniser, Tokens
+from lab04.run.backend import Backend
+from lab04.run.scores import gaps
 
 GRAPH_FILE = "model_recheck.onnx"
 # Headlines that the threshold is found from. A change seen among this many is exceeded by about one in as many
@@ -24,13 +25,12 @@ class RecheckedBackend(Backend):
     `rechecked` is a bool array [batch]: which headlines of the last call the exact graph decided.
     """
 
-    name = "ONNX Rechecked"
     device = "CPU"
 
     def __init__(self, quick: Backend, exact: Backend, threshold: float):
         self._quick, self._exact, self._threshold = quick, exact, threshold
 
-    def logits(self, tokens: artefact.Tokens) -> np.ndarray:
+    def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
         logits = self._quick.logits(tokens)
         self.rechecked = gaps(logits) < self._threshold
@@ -45,12 +45,6 @@ class RecheckedBackend(Backend):
         self._exact.close()
 
 
-def gaps(logits: np.ndarray) -> np.ndarray:
-    """Best minus second logit of each row: float32 [batch] of logits [batch, labels], two labels or more."""
-    best_two = np.partition(logits, -2, axis=1)[:, -2:]
-    return best_two[:, 1] - best_two[:, 0]
-
-
 def threshold_from(quick: np.ndarray, exact: np.ndarray) -> float:
     """The gap below which INT8 is rechecked: the most by which INT8 overstated a gap of its best label, and more.
 
@@ -62,7 +56,7 @@ def threshold_from(quick: np.ndarray, exact: np.ndarray) -> float:
     return float(MARGIN * (of_quick - of_exact).max())
 
 
-def find_threshold(quick: Backend, exact: Backend, tokenise: artefact.Tokeniser, texts: list[str]) -> float:
+def find_threshold(quick: Backend, exact: Backend, tokenise: Tokeniser, texts: list[str]) -> float:
     """`threshold_from` the logits of at most some HEADLINES texts, one at a time as they are served."""
     tokens = [tokenise([text]) for text in texts[:: max(1, len(texts) // HEADLINES)]]
     return threshold_from(*(np.concatenate([graph.logits(row) for row in tokens]) for graph in (quick, exact)))

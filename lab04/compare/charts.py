@@ -1,48 +1,43 @@
 """Every PNG of the lab. Saved without a display; colours are safe for colour-blind readers (Okabe and Ito, 2008)."""
 
 import os
+import re
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError
-from lab04.backends import CompiledBackend
-from lab04.consistency import top
-from lab04.recheck import RecheckedBackend
+from lab04 import LabError, one_line
+from lab04.compare.side_by_side import Runner
+from lab04.run.scores import top
 
-# One colour per backend, the same on every chart; variants, by name, have their own, as they stand beside the plain.
-COLOURS = {"torch": "#0072B2", "onnxruntime": "#E69F00", "tensorrt": "#009E73"}
-VARIANTS = {RecheckedBackend.name: "#56B4E9", CompiledBackend.name: "#CC79A7"}
 FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans", "sans-serif"]
 
 
 def save_confidence_chart(
-    path: Path, headline: str, labels: list[str], rows: list[dict], right: str | None = None
+    path: Path, headline: str, right: str | None, runners: list[Runner], results: list[tuple[np.ndarray, float]]
 ) -> None:
     """Save one headline's softmax scores of all backends side by side, 0-100 %, the likeliest label first.
 
-    rows: one dict a backend: `name` and `note` for the legend, `backend` for the colour, `probabilities` [labels].
-    right: the label that the input names, which is marked. Labels outside every backend's top five are left out: their
-    bars would be invisible. Raises LabError if the file cannot be written.
+    right: the label that the input names, which is marked. results: probabilities [labels] and ms of every runner.
+    Labels outside every backend's top five are left out: their bars would be invisible. Raises LabError if the file
+    cannot be written.
     """
+    labels = runners[0].artefact.labels
+    rows = [(runner, note(runner, ms), scores) for runner, (scores, ms) in zip(runners, results, strict=True)]
     plt = pyplot()
-    shown = choose_labels([row["probabilities"] for row in rows], labels.index(right) if right in labels else None)
+    shown = choose_labels([scores for scores, _ in results], labels.index(right) if right in labels else None)
     # The title is wrapped by characters; wide scripts take twice the room of Latin ones.
     title = textwrap.wrap(one_line(headline), 62 if headline.isascii() else 32, max_lines=3, placeholder=" …")
     bar = 0.8 / len(rows)
     height = min(9, 1.3 + 0.3 * len(title) + len(shown) * (0.2 + 0.16 * len(rows)))
     figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
-    for place, row in enumerate(rows):
+    for place, (runner, noted, scores) in enumerate(rows):
         positions = np.arange(len(shown)) + (place - (len(rows) - 1) / 2) * bar
-        percent = 100 * row["probabilities"][shown]
-        bars = axes.barh(
-            positions,
-            percent,
-            bar * 0.92,
-            color=colour(row["name"], row["backend"]),
-            label=f"{row['name']} ({row['note']})",
-        )
+        percent = 100 * scores[shown]
+        label = f"{runner.name} ({noted})"
+        bars = axes.barh(positions, percent, bar * 0.92, color=runner.colour, label=label)
         axes.bar_label(bars, [f"{value:.1f} %" for value in percent], padding=4, fontsize=10)
     names = ["✓ " * (labels[i] == right) + labels[i] for i in shown]
     axes.set_yticks(range(len(shown)), names, fontsize=14, parse_math=False)
@@ -54,14 +49,33 @@ def save_confidence_chart(
     axes.set_xlabel("softmax score (%)" + ";  ✓ the right label" * (right in labels), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(title), fontsize=15, x=0.01, ha="left", parse_math=False)
-    columns = len(rows) if sum(len(row["name"] + row["note"]) for row in rows) < 90 else 2
+    columns = len(rows) if sum(len(runner.name + noted) for runner, noted, _ in rows) < 90 else 2
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
     save(figure, path)
 
 
-def colour(name: str, backend: str) -> str:
-    """The colour of a backend with a name (`Backend.name`) and a kind (`Artefact.backend`)."""
-    return VARIANTS.get(name) or COLOURS[backend]
+def note(runner: Runner, ms: float) -> str:
+    """What stands behind a backend's name: its time, unless no speed is claimed."""
+    return "labels only" if runner.reason else f"{ms:.1f} ms" + ", rechecked" * runner.last_rechecked()
+
+
+class ChartNames:
+    """File names of the charts; headlines that begin alike get a number, so that none overwrites another."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._used: dict[str, int] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def next(self, text: str) -> Path:
+        ascii_text = unicodedata.normalize("NFKD", text[:20]).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[^a-z0-9]+", "_", ascii_text.lower()).strip("_") or "headline"
+        self._used[slug] = self._used.get(slug, 0) + 1
+        number = f"_{self._used[slug]}" if self._used[slug] > 1 else ""
+        return self._folder / f"confidence_{slug}{number}.png"
 
 
 def choose_labels(probabilities: list[np.ndarray], right: int | None) -> list[int]:
@@ -103,11 +117,6 @@ def pyplot():
     warnings.filterwarnings("ignore", message="Glyph .* missing")
     plt.rcParams["font.family"] = FONTS
     return plt
-
-
-def one_line(text: str) -> str:
-    """A headline as a chart can show it: control characters become blanks, runs of blanks one."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def save(figure, path: Path) -> None:

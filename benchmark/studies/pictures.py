@@ -1,4 +1,4 @@
-"""The pictures of docs/int8.md, drawn from the lab's own weights: `python -m benchmark.pictures`.
+"""The pictures of docs/int8.md, drawn from the lab's own weights: `python -m benchmark.studies.pictures`.
 
 Writes docs/int8-weights.png, docs/int8-inputs.png and docs/int8-headline.png. All three show one matrix product: the
 one whose input has the largest entry, where rounding has most to lose.
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, classifier, lab, preparation
-from lab04.charts import COLOURS, pyplot, save
+from lab04 import ROOT, console, options
+from lab04.compare.charts import COLOURS, pyplot, save
+from lab04.quantise import preparation
+from lab04.read import classifier
 
 HEADLINE = "Cybersecurity breach exposes NHS patient records"
 GREY, BEFORE, AFTER = "#777777", COLOURS["onnxruntime"], COLOURS["torch"]
@@ -19,8 +21,8 @@ NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
-    lab.add_model_options(parser)
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    options.add_model_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     arguments = parser.parse_args()
 
@@ -178,4 +180,4 @@ def draw_headline(plt, product: Product):
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

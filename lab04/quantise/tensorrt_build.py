@@ -6,14 +6,13 @@ Only `lab04-nvidia.py` imports this module; `tensorrt_engine.py` runs what it bu
 import sys
 from pathlib import Path
 
-from lab04 import LabError
-from lab04.tensorrt_engine import (
+from lab04 import LabError, one_line
+from lab04.run.tensorrt_engine import (
     create,
     describe_machine,
     import_pycuda,
     import_tensorrt,
     make_logger,
-    one_line,
     reason,
 )
 

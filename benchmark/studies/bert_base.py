@@ -1,4 +1,4 @@
-"""A BERT-base of the original lab's shape with random weights: `python -m benchmark.bert_base FOLDER`.
+"""A BERT-base of the original lab's shape with random weights: `python -m benchmark.studies.bert_base FOLDER`.
 
 Speed and size depend on the shape, not on the values, so they can be measured where no model hub is reached;
 accuracy cannot, and none is shown. The tokeniser is the packaged MiniLM's, which is bert-base-uncased's.
@@ -7,18 +7,19 @@ accuracy cannot, and none is shown. The tokeniser is the packaged MiniLM's, whic
 import argparse
 from pathlib import Path
 
-from lab04 import lab, model_files
+from lab04 import console
+from lab04.read import model_files
 
 LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
     parser.add_argument("folder", type=Path, help="where to write the model")
     folder = parser.parse_args().folder
     build(folder)
     print(f"Wrote {folder}")
-    lab.suggest(f"python lab04-torch.py --model {folder} --output quantised-model-bert-base-torch")
+    console.suggest(f"python lab04-torch.py --model {folder} --output quantised-model-bert-base-torch")
 
 
 def build(folder: Path) -> None:
@@ -33,4 +34,4 @@ def build(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

@@ -4,11 +4,10 @@ import hashlib
 import importlib.util
 import json
 import shlex
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab04 import LabError, in_one_line
+from lab04 import LabError, in_one_line, said
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 # The packaged copy of DEFAULT_BASE must be the published file, or every figure of the lab is about other weights.
@@ -90,7 +89,7 @@ def find_folder(name: str, model: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         what = "" if name == model else f"its base {name}: "
-        raise LabError(f"cannot load the model {model}: {what}{one_line(error)}") from error
+        raise LabError(f"cannot load the model {model}: {what}{said(error)}") from error
 
 
 def find_adapter(folder: Path, model: str) -> Path | None:
@@ -137,7 +136,7 @@ def check_weights(folder: Path, name: str, model: str) -> None:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            reason = one_line(error)
+            reason = said(error)
             raise LabError(f"{file} is truncated or corrupt ({reason}): copy or download it again") from error
 
 
@@ -165,6 +164,7 @@ def stored_shapes(folder: Path, model: str) -> dict:
     return shapes
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message on one line of readable length."""
-    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
+def listed(names: list[str]) -> str:
+    """Names of tensors in one line: the first three and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

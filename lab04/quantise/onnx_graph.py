@@ -1,4 +1,4 @@
-"""The ONNX graph: fuse an exported one for the CPU, and quantise it.
+"""The ONNX graph: export it, fuse it for the CPU, and quantise it.
 
 Only standard and com.microsoft operators come out, so that every language with ONNX Runtime runs the same file under
 its default options.
@@ -6,13 +6,25 @@ its default options.
 
 from pathlib import Path
 
-from lab04 import lab
+from lab04.console import quiet_logging
 
+MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
+FP32_FILE = "model.onnx"
 # Scales of the products in front of an attention.
 SCALES_OF_ATTENTION = tuple(f".{name}.inverse_scale" for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin"))
 # The Slices of a trimmed network (preparation.trim_last_layer): of BERT, RoBERTa and ELECTRA, and of DistilBERT.
 FIRST_TOKEN = ("/attention/output/Slice", "/sa_layer_norm/Slice")
 BY_TOKEN = ("LayerNormalization", "Sum", "Add", "MatMul", "Mul")  # with constants, each token by itself
+
+
+def export(network, folder: Path) -> Path:
+    """Export a classifier network to FP32_FILE in `folder` with Optimum: FP32, dynamic batch and length."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    with quiet_logging():
+        # No validation here: it only warns. The closing check compares the finished artefact and decides.
+        onnx_export_from_model(network, folder, task="text-classification", do_validation=False)
+    return folder / FP32_FILE
 
 
 def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
@@ -31,7 +43,7 @@ def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:
     options.enable_gelu_approximation = tanh_gelu
     exported = onnx.load(exported)
     scales = take_out_scales(exported.graph)
-    with lab.quiet_logging():
+    with quiet_logging():
         model = optimizer.optimize_model(
             exported,
             model_type="bert",  # the family: DistilBERT, RoBERTa and ELECTRA have the same layers
@@ -159,7 +171,7 @@ def quantise(fused: Path, output: Path) -> None:
 
     model = onnx.load(fused)
     quantise_embeddings(model.graph)
-    with lab.quiet_logging():
+    with quiet_logging():
         quantize_dynamic(
             model,
             str(output),

@@ -4,25 +4,28 @@ Only the scripts that train or build import this module; running an artefact nee
 `transformers` nor `peft`.
 """
 
-import copy
 import functools
 import hashlib
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lab04 import ROOT, LabError, artefact, in_one_line
-from lab04.model_files import Source, check_weights, find, one_line, read_json, stored_shapes
+import numpy as np
 
+from lab04 import ROOT, LabError, in_one_line
+from lab04.read.model_checks import check_finite, check_tokens
+from lab04.read.model_config import name_classes, read_config
+from lab04.read.model_files import Source, check_weights, find, listed, read_json, stored_shapes
+
+MAX_TOKENS = 128  # longer than any headline; also the longest sequence the TensorRT engine is built for
 DEFAULT_MODEL = str(ROOT / "lora-news" / "adapter")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 IN_BASE = "base_model.model."  # what peft writes before the name of a tensor
 TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 WRAPPERS = "_orig_mod.", "module."  # before each name in what torch.compile or DataParallel saved
-PADDING_TOLERANCE = 1e-3  # what padding may move an FP32 logit by, as a share of the largest
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,31 @@ class Classifier:
 
     @functools.cached_property
     def max_length(self) -> int:
-        """The longest sequence, in tokens, that the lab gives it."""
-        return artefact.max_length(self)
+        """The longest sequence, in tokens, that the lab gives it: its own limit, the tokeniser's or the lab's."""
+        limits = [MAX_TOKENS, self.tokenizer.model_max_length]
+        if positions := getattr(self.model.config, "max_position_embeddings", None):
+            limits.append(positions)
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                # RoBERTa and its kin count positions from the padding id on.
+                limits.append(module.num_embeddings - module.padding_idx - 1)
+        return min(limits)
 
     @property
     def pad_id(self) -> int:
         """The id a batch is filled up with: the tokeniser's, the model's, or any, since the mask hides it."""
         ids = self.tokenizer.pad_token_id, getattr(self.model.config, "pad_token_id", None)
         return next((number for number in ids if number is not None), 0)
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        """FP32 logits [texts, labels], each text for itself: none is padded."""
+        import torch
+
+        rows = np.empty((len(texts), len(self.labels)), np.float32)
+        with torch.inference_mode():
+            for places, batch in by_length(self, texts):
+                rows[places] = self.model(**batch).logits.numpy()
+        return rows
 
     def encode(self, texts: list[str]) -> dict:
         """The model's inputs for a batch of texts, padded to its longest: int64 tensors [batch, sequence]."""
@@ -75,6 +95,19 @@ class Classifier:
             )
             for name in self.input_names
         }
+
+
+def by_length(fp32: Classifier, texts: list[str]) -> Iterator[tuple[list[int], dict]]:
+    """Token tensors of texts of one length together, so that none is padded, and their places among `texts`."""
+    import torch
+
+    together: dict[int, list[tuple[int, dict]]] = {}
+    for place, text in enumerate(texts):
+        row = fp32.encode([text])
+        together.setdefault(row["input_ids"].shape[1], []).append((place, row))
+    for found in together.values():
+        places, rows = zip(*found, strict=True)
+        yield list(places), {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def load(model: str = DEFAULT_MODEL, labels: str | None = None) -> Classifier:
@@ -103,111 +136,6 @@ def load(model: str = DEFAULT_MODEL, labels: str | None = None) -> Classifier:
     loaded = Classifier(network, tokenizer, names, hash_weights(network))
     check_tokens(loaded, model)
     return loaded
-
-
-# --- What they say ----------------------------------------------------------------------------------------
-
-
-def read_config(source: Source, saved: dict):
-    """The `transformers` configuration, with as many classes as the adapter's head has, in `saved`, if it has one."""
-    from transformers import AutoConfig
-
-    model = source.name
-    place = next((place for place in source.places if (place / "config.json").exists()), None)
-    if place is None:
-        raise LabError(f"cannot load the model {model}: {source.folder} has no config.json")
-    written = read_json(place / "config.json", model)
-    if "model_type" not in written:  # transformers would guess it from the folder's name
-        raise LabError(f"{model} has a config.json without model_type: it does not say which network it is")
-    counted = written.get("id2label")
-    if isinstance(counted, dict) and sorted(counted) != sorted(map(str, range(len(counted)))):
-        raise LabError(
-            f"{model} does not number its labels 0 to {len(counted) - 1} in id2label: correct its config.json"
-        )
-    with in_one_line(f"cannot load the model {model}"):
-        # A model is data: no code from its folder or from the hub.
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    check_config(config, model)
-    # How the network hands over its results is the lab's business, whatever it was saved with.
-    config.torchscript = config.output_hidden_states = config.output_attentions = False
-    config.return_dict = True
-    # The head and the embeddings that an adapter brings along may be of another size than its base's.
-    known = {name: tensor.shape for name, tensor in saved.items()}
-    if counted is None and not source.adapter:  # transformers would take it for two classes
-        known = stored_shapes(source.base, model)
-    for size in ("num_labels", "vocab_size") if known else ():
-        for rows in known_sizes(config, size, known):
-            if rows != getattr(config, size):
-                setattr(config, size, rows)
-    if config.num_labels < 2:
-        raise LabError(f"{model} has {config.num_labels} label: a classifier needs at least 2")
-    return config
-
-
-def check_config(config, model: str) -> None:
-    """Raise LabError unless the configuration is one of a classifier with one label per text, in floating point."""
-    from transformers import AutoModelForSequenceClassification
-
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise LabError(f"{model} is of type {config.model_type!r}, for which there is no sequence classifier")
-    if getattr(config, "is_encoder_decoder", False):
-        raise LabError(f"{model} is of type {config.model_type!r}, an encoder with a decoder: the lab takes no such")
-    if config.problem_type == "multi_label_classification":
-        raise LabError(f"{model} is a multi-label classifier: its scores are no softmax, the lab cannot compare them")
-    if config.problem_type == "regression":
-        raise LabError(f"{model} is a regression model: its scores are no softmax, the lab cannot compare them")
-    if getattr(config, "quantization_config", None):
-        raise LabError(f"{model} is quantised already: give the lab the FP32 or FP16 weights it was made from")
-
-
-def known_sizes(config, size: str, known: dict) -> set[int]:
-    """What tensors of `known` shapes say of a size in the configuration, such as num_labels, whatever their names."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    probe, nothing_else_has = copy.deepcopy(config), 7919
-    setattr(probe, size, nothing_else_has)
-    with torch.device("meta"):
-        network = AutoModelForSequenceClassification.from_config(probe)
-    sized = [name for name, tensor in network.state_dict().items() if tensor.shape[:1] == (nothing_else_has,)]
-    return {known[name][0] for name in sized if name in known}
-
-
-def name_classes(config, labels: str | None, model: str) -> list[str]:
-    """The names of the classes in logit order: `labels` if given, else the configuration's."""
-    if labels is None:
-        names = [config.id2label[index] for index in range(config.num_labels)]
-        # `LABEL_0` is what transformers writes for an unnamed class; shipping it is how labels get mixed up unseen.
-        unnamed = [name for name in names if name is None or not str(name).strip() or str(name).startswith("LABEL_")]
-        if unnamed:
-            raise LabError(
-                f"{model} has unnamed labels ({unnamed[0]} …): name its {len(names)} classes in order with "
-                "--labels a,b,… or set id2label in its config.json"
-            )
-        names = [str(name) for name in names]
-    else:
-        names = read_names(labels)
-        if len(names) != config.num_labels:
-            raise LabError(f"--labels gives {len(names)} names, {model} has {config.num_labels} classes")
-    twice = [name for index, name in enumerate(names) if name in names[:index]]
-    if twice:
-        raise LabError(f"{model} has two classes called {twice[0]!r}: give each a name of its own with --labels a,b,…")
-    return names
-
-
-def read_names(labels: str) -> list[str]:
-    """Names from `a,b,c`, or from a file with one a line."""
-    try:
-        from_file = Path(labels).is_file()
-        names = Path(labels).read_text(encoding="utf-8-sig").splitlines() if from_file else labels.split(",")
-    except (OSError, ValueError) as error:
-        raise LabError(f"cannot read {labels}: {one_line(error)}") from error
-    names = [name.strip() for name in names]
-    while from_file and names and not names[-1]:
-        names.pop()
-    if not all(names):
-        raise LabError("--labels has an empty name: give a,b,c or a file with one name a line")
-    return names
 
 
 # --- The weights ------------------------------------------------------------------------------------------
@@ -318,21 +246,6 @@ def in_network(name: str) -> str:
     return name.removeprefix(IN_BASE).replace(".base_layer.", ".")
 
 
-def check_finite(network, model: str) -> None:
-    """Raise LabError if a weight is infinite or not a number."""
-    damaged = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
-    if damaged:
-        raise LabError(
-            f"{model} has weights that are infinite or no numbers, in {listed(damaged)}: its training failed"
-        )
-
-
-def listed(names: list[str]) -> str:
-    """Names of tensors in one line: the first three and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 # --- The tokeniser ----------------------------------------------------------------------------------------
 
 
@@ -355,35 +268,6 @@ def load_tokenizer(source: Source, config):
             f"{source.name} has no fast tokenizer: the lab needs a tokenizer.json, which an artefact carries"
         )
     return tokenizer
-
-
-def check_tokens(loaded: Classifier, model: str) -> None:
-    """Raise LabError if a token has no row in the embedding table, or if padding on either side changes answers."""
-    rows = loaded.model.get_input_embeddings().num_embeddings
-    beyond = [token for token, number in loaded.tokenizer.get_vocab().items() if number >= rows]
-    if beyond:
-        raise LabError(
-            f"the tokenizer of {model} has {len(beyond)} tokens ({beyond[0]!r} …) beyond the {rows} rows of its "
-            "embedding table: resize the embeddings before training, or save the tokenizer it was trained with"
-        )
-    own = loaded.tokenizer.padding_side
-    for side in (own, "right" if own == "left" else "left"):
-        # Filling up is the lab's doing, for batches: on the side where it changes no answer.
-        loaded.tokenizer.padding_side = side
-        if padding_keeps_answers(loaded, model):
-            return
-    raise LabError(f"{model} answers otherwise when a text is padded: set the padding token it was trained with")
-
-
-def padding_keeps_answers(loaded: Classifier, model: str) -> bool:
-    """Whether a short text has the same FP32 logits alone and beside a longer one."""
-    import torch
-
-    texts = ["A headline", "Another and longer headline, of rather more words"]
-    with in_one_line(f"cannot load the model {model}"), torch.inference_mode():
-        padded = loaded.model(**loaded.encode(texts)).logits
-        alone = torch.cat([loaded.model(**loaded.encode([text])).logits for text in texts])
-        return bool((padded - alone).abs().max() <= PADDING_TOLERANCE * alone.abs().max())
 
 
 def hash_weights(network) -> str:

@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
     line: int
     text: str
-    label: str | None
-    description: str
+    label: str | None = None
+    description: str = ""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Which families of networks the INT8 labs serve, how fast and how faithfully: `python -m benchmark.families`.
+"""Which families of networks the INT8 labs serve, how fast and how faithfully: `python -m benchmark.studies.families`.
 
 Each family gets a network in MiniLM's shape with random weights, for which no model hub is needed: speed depends on the
 shape alone. Its head is set so that labels differ from headline to headline. Both labs quantise it, and their own
@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 
 from benchmark import environment, results, tables
-from benchmark.bert_base import LABELS
-from lab04 import ROOT, artefact, lab, model_files
+from benchmark.studies.bert_base import LABELS
+from lab04 import ROOT, artefact, console
+from lab04.read import classifier, model_files
+from lab04.read.texts import held_out_headlines
 
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 # As each is published where it differs from its configuration's defaults.
@@ -36,7 +38,7 @@ LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
@@ -53,7 +55,7 @@ def main() -> None:
     results.save_json(folder / results.RESULTS, measured)
     print(tables.families(measured))
     print(f"Wrote {folder}")
-    lab.suggest("make readme")
+    console.suggest("make readme")
 
 
 def measure(family: str, scratch: Path) -> dict:
@@ -86,7 +88,7 @@ def build(family: str, folder: Path) -> float:
     network = transformers.AutoModelForSequenceClassification.from_config(config)
     known = [name for name in tokenizer.model_input_names if name in inspect.signature(network.forward).parameters]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_input_names=known)
-    decide_labels(network.eval(), tokenizer, lab.test_texts(), artefact.MAX_TOKENS)
+    decide_labels(network.eval(), tokenizer, held_out_headlines(), classifier.MAX_TOKENS)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return round(network.num_parameters() / 1e6, 1)
@@ -122,4 +124,4 @@ def decide_labels(network, tokenizer, texts: list[str], max_length: int) -> None
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

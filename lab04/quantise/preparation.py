@@ -9,7 +9,8 @@ None needs a calibration step of the user's: 2 and 3 look at some of our own *tr
 
 import copy
 
-from lab04 import classifier, lab
+from lab04.read import texts
+from lab04.read.classifier import Classifier, by_length
 
 # 7-bit weights: two products with 8-bit activations still fit the 16-bit sums of CPUs without VNNI, so one artefact
 # is right on all of them. PyTorch and ONNX Runtime both take scale = row maximum / STEPS for such weights.
@@ -25,27 +26,21 @@ VALUES = {
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper: inputs of headlines do not span all columns
 
 
-def prepare(fp32: classifier.Classifier, texts: list[str] | None = None):
+def prepare(fp32: Classifier, given: list[str] | None = None):
     """A copy of the network as both INT8 labs quantise it; in FP32 its logits are those of 7-bit weights.
 
-    `texts` are typical of what it will be given; without them some of our own training headlines stand in.
+    `given` texts are typical of what it will read; without them some of our own training headlines stand in.
     """
-    batches = typical_inputs(fp32, texts)
+    batches = typical_inputs(fp32, given)
     network = trimmed(fp32.model, batches[0])
     scale_inputs(network, batches)
     round_weights(network, batches)
     return network
 
 
-def typical_inputs(fp32: classifier.Classifier, texts: list[str] | None = None) -> list[dict]:
-    """Token tensors of some texts, those of one length together, so that none is padded."""
-    import torch
-
-    by_length: dict[int, list[dict]] = {}
-    for text in texts or lab.train_texts()[::EVERY]:
-        row = fp32.encode([text])
-        by_length.setdefault(row["input_ids"].shape[1], []).append(row)
-    return [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in by_length.values()]
+def typical_inputs(fp32: Classifier, given: list[str] | None = None) -> list[dict]:
+    """Token tensors of `given` texts, or of some of our training headlines, those of one length together."""
+    return [batch for _, batch in by_length(fp32, given or texts.training_headlines()[::EVERY])]
 
 
 def trimmed(model, batch: dict):
