@@ -35,7 +35,7 @@ from lab04.run.scores import softmax
 CLIENTS = (1, 8, 32, 64, 256)
 BATCH = 32  # of the model's own rate: the app's largest
 OVERLOAD = {"clients": 256, "queue": 64}  # four times as many clients as find room
-EVERY_S = 0.02  # between the requests of the one client that is timed during an overload
+EVERY_S = 0.005  # between the requests of the one client that is timed during an overload
 EXAMPLES = ROOT / "examples"
 HTTP, RAY = EXAMPLES / "http" / "serve.py", EXAMPLES / "ray" / "serve.py"
 PLAIN = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
