@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--requests", type=number, default=100_000, help="over which memory is watched (default: %(default)s)")
     add("--headlines", type=int, default=200_000, help="in the file for Ray Data, 0: none (default: %(default)s)")
     add("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
-    add("--empty", action="store_true", help="instead: an app that does nothing on Ray, for this study itself")
+    add("--empty", action="store_true", help="instead: serve an app that does nothing on Ray, as this study does")
     add("--port", type=number, default=18_473, help="of the servers (default: %(default)s)")
     return parser.parse_args()
 
@@ -223,7 +223,8 @@ def wrk(script: Path, port: int, clients: int, seconds: int) -> dict:
     answers = told["answers"] - told["refused"]
     row = {"answers": answers, "refused": told["refused"], "lost": told["lost"]}
     row["per_second"] = round(answers / told["us"] * 1e6, 1)
-    row |= {f"{key}_ms": None if told["refused"] else round(told[f"{key}_us"] / 1e3, 2) for key in ("p50", "p99")}
+    timed = answers and not told["refused"]
+    row |= {f"{key}_ms": round(told[f"{key}_us"] / 1e3, 2) if timed else None for key in ("p50", "p99")}
     return row
 
 
@@ -339,9 +340,10 @@ def save_chart(path: Path, measured: dict) -> None:
             label = f"{server['title']}, {key.removesuffix('_ms')}"
             axes.plot([row["clients"] for row in rows], [row[key] for row in rows], style, color=colour, label=label)
     axes.axhline(measured["model"]["p50_ms"], color="#555555", linestyle=":", label="the model alone, one headline")
+    ticks = sorted({row["clients"] for server in measured["servers"].values() for row in server["load"]})
+    axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)  # also where nothing was answered
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    ticks = sorted({row["clients"] for server in measured["servers"].values() for row in server["load"]})
     axes.set_xticks(ticks, [str(number) for number in ticks])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="clients, one headline a request", ylabel="answered within (ms)")
