@@ -163,7 +163,7 @@ def measure_model(item: artefact.Artefact, seconds: float) -> dict:
 def measure_server(name: str, arguments: argparse.Namespace, scratch: Path) -> dict:
     """Answers/s, p50 and p99 by clients; memory before and after many requests, where the server tells it."""
     title = SERVERS[name][0]
-    script = write_script(scratch)
+    script = write_script(scratch, arguments)
     with running(name, arguments) as port:
         wrk(script, port, 8, max(1, arguments.seconds // 5))  # warm up
         load = []
@@ -201,10 +201,15 @@ def running(name: str, arguments: argparse.Namespace, *more: str) -> Iterator[in
             server.terminate()
 
 
-def write_script(scratch: Path, patient: bool = False) -> Path:
-    """A script for wrk; `patient`: a refused client waits as long as it is told."""
+def write_script(scratch: Path, arguments: argparse.Namespace, patient: bool = False) -> Path:
+    """A script for wrk; `patient`: a refused client waits as long as it is told.
+
+    It sends the headlines that the artefact reads whole: the others would be refused.
+    """
     path = scratch / f"{'patient' if patient else 'load'}.lua"
-    bodies = ", ".join(f"[==[{json.dumps(text)}]==]" for text in held_out_headlines())
+    tokenise = artefact.Tokeniser(artefact.load(arguments.artefact))
+    texts = [text for text in held_out_headlines() if not tokenise.dropped(text, tokenise([text]))]
+    bodies = ", ".join(f"[==[{json.dumps(text)}]==]" for text in texts)
     path.write_text(SCRIPT.format(bodies=bodies) + PATIENT * patient, encoding="utf-8")
     return path
 
@@ -242,7 +247,7 @@ def measure_overload(arguments: argparse.Namespace, scratch: Path) -> dict:
     with running("http", arguments, "--queue", str(OVERLOAD["queue"])) as port:
         for name, patient in (("patient", True), ("at_once", False)):
             with probing(port) as refusals_ms:
-                row = wrk(write_script(scratch, patient), port, OVERLOAD["clients"], arguments.seconds)
+                row = wrk(write_script(scratch, arguments, patient), port, OVERLOAD["clients"], arguments.seconds)
             p50, p99 = np.percentile(refusals_ms, (50, 99)).round(2).tolist() if refusals_ms else (None, None)
             measured[name] = {key: row[key] for key in ("per_second", "refused", "lost")} | {
                 "probe_refusals": len(refusals_ms),
