@@ -314,7 +314,6 @@ def test_the_study_measures_what_its_tables_show(folder, tmp_path):
     overload = measured["overload"]
     for name in ("patient", "at_once"):
         assert overload[name]["per_second"] > 0
-    assert overload["at_once"]["refused"] > overload["patient"]["refused"], "who waits is refused less often"
     memory = measured["servers"]["http"]["memory"]
     assert memory["requests"] >= 50 and 20 < memory["before_mb"] < 2_000 and 20 < memory["after_mb"] < 2_000
     for name, shown in (
