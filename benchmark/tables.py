@@ -311,6 +311,12 @@ def ablation(measured: dict) -> str:
     return table(head, rows)
 
 
+def ideas(measured: dict) -> str:
+    """What a headline costs without each of the engine's ideas."""
+    rows = [[row["idea"], *(figure(row["without"][batch], ".2f") for batch in ("1", "6"))] for row in measured["ideas"]]
+    return table(["without it, times as much CPU time", "batch 1", "batch 6"], rows)
+
+
 def families(measured: dict) -> str:
     """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
     rows = []
@@ -415,6 +421,7 @@ TABLES = {
     "serving-memory": serving_memory,
     "serving-overload": serving_overload,
     "serving-file": serving_file,
+    "ideas": ideas,
 }
 
 
