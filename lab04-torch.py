@@ -1,4 +1,4 @@
-"""Lab 1 of 3: PyTorch dynamic INT8 on the CPU.
+"""Lab 1 of 3: PyTorch INT8 on the CPU: dynamic, or with --static.
 
     python lab04-torch.py                        # about 15 seconds on two cores
 
@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument(
         "--this-cpu", action="store_true", help="compile for this processor (AVX512-VNNI or AMX, g++): about a minute"
     )
+    options.add_static(parser)
     arguments = parser.parse_args()
+    if arguments.static and arguments.this_cpu:
+        parser.error("--static and --this-cpu are two artefacts: choose one")
     chosen = texts.choose(arguments)
     folder.check_output(arguments.output)
     if arguments.this_cpu:
@@ -43,8 +46,9 @@ def main() -> None:
             model_file, facts = this_cpu.MODEL_FILE, {"compiled_for": this_cpu.describe()}
         else:
             print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row; freeze to TorchScript")
-            facts = {"engine": torch_int8.choose_engine()}
-            archive = torch_int8.freeze(torch_int8.quantise(prepared), fp32)
+            facts = {"engine": torch_int8.choose_engine(arguments.static)}
+            archive = torch_int8.freeze(torch_int8.quantise(prepared, arguments.static), fp32)
+            facts |= {"static": preparation.input_ranges(prepared)} if arguments.static else {}
             model_file = torch_int8.MODEL_FILE
 
     with folder.building(arguments.output) as built:

@@ -65,17 +65,17 @@ def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
             )
 
 
-def quantised_engine(supported: list[str], machine: str) -> str:
+def quantised_engine(supported: list[str], machine: str, static: bool = False) -> str:
     """PyTorch's kernel library for a processor, of those this PyTorch supports. Never `onednn`: wrong labels on ARM.
 
-    machine: as `platform.machine()` says. Raises LabError if there is none.
+    machine: as `platform.machine()` says. Raises LabError if there is none; for `static` products only x86 has one.
     """
-    wanted = ("x86", "fbgemm") if machine.lower() in X86 else ("qnnpack",)
+    wanted = ("x86", "fbgemm") if machine.lower() in X86 else () if static else ("qnnpack",)
     for name in wanted:
         if name in supported:
             return name
     raise LabError(
-        f"this PyTorch has no quantised kernels for {machine} ({' or '.join(wanted)}): "
+        f"this PyTorch has no {'static ' * static}quantised kernels for {machine} ({' or '.join(wanted) or 'x86'}): "
         "use the ONNX artefact, lab04-optimum.py"
     )
 
@@ -106,7 +106,8 @@ class TorchBackend(Backend):
         """The callable that takes token tensors in the order of the artefact's inputs and gives logits."""
         # By where it is opened, not by where it was built: the packed weights are the same for every engine.
         supported = self._torch.backends.quantized.supported_engines
-        self._torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
+        static = "static" in artefact.options
+        self._torch.backends.quantized.engine = quantised_engine(supported, platform.machine(), static)
         with quiet_stderr():
             return self._torch.jit.load(str(artefact.model_file), map_location="cpu")
 
@@ -166,8 +167,9 @@ def session_options(threads: int):
 def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
     """Logits of a batch of any size, PART headlines at a time, those of like length together and padded no further.
 
-    Padding past the longest of a part goes, on the right alone: on the left it moves a headline's positions.
+    Padding past the longest of a part goes.
     """
+    tokens = from_the_left(tokens)
     if len(tokens["input_ids"]) <= PART:
         return run(tokens)
     lengths = tokens["attention_mask"].shape[1] - tokens["attention_mask"][:, ::-1].argmax(axis=1)
@@ -178,6 +180,16 @@ def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
         longest = lengths[rows].max()
         parts.append(run({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()}))
     return np.concatenate(parts)[np.argsort(order)]
+
+
+def from_the_left(tokens: Tokens) -> Tokens:
+    """Rows that were filled up on the left, moved to where they stand alone: a padded position would move theirs."""
+    first = tokens["attention_mask"].argmax(axis=1)
+    if not first.any():
+        return tokens
+    width = tokens["attention_mask"].shape[1]
+    places = (np.arange(width) + first[:, None]) % width
+    return {name: np.take_along_axis(ids, places, axis=1) for name, ids in tokens.items()}
 
 
 @contextlib.contextmanager
