@@ -72,6 +72,16 @@ def int8_argument_parser(description: str | None, lab: labs.Lab) -> argparse.Arg
     return parser
 
 
+def add_static(parser: argparse.ArgumentParser) -> None:
+    """Add --static."""
+    parser.add_argument(
+        "--static",
+        action="store_true",
+        help="fix the scale of every product's input when building: no headline's answer then depends on its "
+        "neighbours in a batch",
+    )
+
+
 def positive(text: str) -> int:
     """An argument that must be a whole number of at least 1."""
     number = int(text)

@@ -73,17 +73,17 @@ def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
             )
 
 
-def quantised_engine(supported: list[str], machine: str) -> str:
+def quantised_engine(supported: list[str], machine: str, static: bool = False) -> str:
     """PyTorch's kernel library for a processor, of those this PyTorch supports. Never `onednn`: wrong labels on ARM.
 
-    machine: as `platform.machine()` says. Raises LabError if there is none.
+    machine: as `platform.machine()` says. Raises LabError if there is none; for `static` products only x86 has one.
     """
-    wanted = ("x86", "fbgemm") if machine.lower() in X86 else ("qnnpack",)
+    wanted = ("x86", "fbgemm") if machine.lower() in X86 else () if static else ("qnnpack",)
     for name in wanted:
         if name in supported:
             return name
     raise LabError(
-        f"this PyTorch has no quantised kernels for {machine} ({' or '.join(wanted)}): "
+        f"this PyTorch has no {'static ' * static}quantised kernels for {machine} ({' or '.join(wanted) or 'x86'}): "
         "use the ONNX artefact, lab04-optimum.py"
     )
 
@@ -97,7 +97,7 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
 
 
 class TorchBackend(Backend):
-    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
+    """Frozen TorchScript with INT8 Linear and 8-bit Embedding, on the CPU."""
 
     device = "CPU"
 
@@ -108,7 +108,7 @@ class TorchBackend(Backend):
         torch.set_num_threads(threads)
         # By where it is opened, not by where it was built: the packed weights are the same for every engine.
         supported = torch.backends.quantized.supported_engines
-        torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
+        torch.backends.quantized.engine = quantised_engine(supported, platform.machine(), "static" in artefact.options)
         with quiet_stderr():
             self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
         self._names = artefact.manifest["tokenizer"]["inputs"]
@@ -161,8 +161,9 @@ def session_options(threads: int):
 def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
     """Logits of a batch of any size, PART headlines at a time, those of like length together and padded no further.
 
-    Padding past the longest of a part goes, on the right alone: on the left it moves a headline's positions.
+    Padding past the longest of a part goes.
     """
+    tokens = from_the_left(tokens)
     if len(tokens["input_ids"]) <= PART:
         return run(tokens)
     lengths = tokens["attention_mask"].shape[1] - tokens["attention_mask"][:, ::-1].argmax(axis=1)
@@ -173,6 +174,16 @@ def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
         longest = lengths[rows].max()
         parts.append(run({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()}))
     return np.concatenate(parts)[np.argsort(order)]
+
+
+def from_the_left(tokens: Tokens) -> Tokens:
+    """Rows that were filled up on the left, moved to where they stand alone: a padded position would move theirs."""
+    first = tokens["attention_mask"].argmax(axis=1)
+    if not first.any():
+        return tokens
+    width = tokens["attention_mask"].shape[1]
+    places = (np.arange(width) + first[:, None]) % width
+    return {name: np.take_along_axis(ids, places, axis=1) for name, ids in tokens.items()}
 
 
 @contextlib.contextmanager
