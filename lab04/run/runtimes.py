@@ -1,14 +1,15 @@
 """The runtimes behind one call: `logits(tokens) -> float32 [batch, labels]`.
 
 All knowledge of *running* an artefact is here. Every backend takes the same token ids and the same number of
-CPU threads; each imports its library only when it is opened.
+CPU threads; each imports its library only when it is opened. A backend on the CPU may be called by several threads.
 """
 
 import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,19 +89,45 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
     return OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
 
 
-class TorchBackend(Backend):
-    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
+class CpuBackend(Backend):
+    """A runtime on the CPU: `at_once` parts of a call run side by side, each in one thread, over one copy of weights.
+
+    The parts are the same for any number of threads, and so is every bit of what they give.
+    """
 
     device = "CPU"
 
-    def __init__(self, artefact: Artefact, threads: int):
+    def __init__(self, artefact: Artefact, at_once: int, prepare_thread: Callable[[], object] | None = None):
+        self._check = OutputCheck(artefact)
+        self._pool = ThreadPoolExecutor(at_once, "parts", prepare_thread)  # its threads start with the first batch
+        self._map = self._pool.map if at_once > 1 else map
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        return self._check(in_parts(self._run, tokens, self._map))
+
+    def _run(self, tokens: Tokens) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads of the parts."""
+        self._pool.shutdown()
+
+
+class TorchBackend(CpuBackend):
+    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU.
+
+    A call of one part has all `threads` to itself: on a quiet machine PyTorch was faster with two (docs/measuring.md).
+    """
+
+    def __init__(self, artefact: Artefact, threads: int, at_once: int | None = None):
         import torch
 
         self._torch = torch
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # holds for this thread; those of the parts have one each
+        super().__init__(artefact, at_once or threads, lambda: torch.set_num_threads(1))
         self._module = self.load(artefact)
         self._names = artefact.manifest["tokenizer"]["inputs"]
-        self._check = OutputCheck(artefact)
 
     def load(self, artefact: Artefact):
         """The callable that takes token tensors in the order of the artefact's inputs and gives logits."""
@@ -110,17 +137,19 @@ class TorchBackend(Backend):
         with quiet_stderr():
             return self._torch.jit.load(str(artefact.model_file), map_location="cpu")
 
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        return self._check(in_parts(self._run, tokens))
-
     def _run(self, tokens: Tokens) -> np.ndarray:
         with self._torch.inference_mode():
             return self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names)).numpy()
 
 
 class CompiledBackend(TorchBackend):
-    """INT8 compiled for one kind of processor (lab04/run/this_cpu.py)."""
+    """INT8 compiled for one kind of processor (lab04/run/this_cpu.py).
+
+    Its parts run one after another, each in all threads: what is compiled takes one call at a time.
+    """
+
+    def __init__(self, artefact: Artefact, threads: int):
+        super().__init__(artefact, threads, at_once=1)
 
     def load(self, artefact: Artefact):
         from lab04.run import this_cpu
@@ -128,23 +157,18 @@ class CompiledBackend(TorchBackend):
         return this_cpu.load(artefact)
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(CpuBackend):
     """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it."""
-
-    device = "CPU"
 
     def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
         import onnxruntime
 
+        super().__init__(artefact, threads)
+        # One thread within a part: for one headline two were slower, 1.58 against 1.41 ms (docs/measuring.md).
         self._session = onnxruntime.InferenceSession(
-            str(graph or artefact.model_file), session_options(threads), providers=["CPUExecutionProvider"]
+            str(graph or artefact.model_file), session_options(1), providers=["CPUExecutionProvider"]
         )
         self._names = [item.name for item in self._session.get_inputs()]
-        self._check = OutputCheck(artefact)
-
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        return self._check(in_parts(self._run, tokens))
 
     def _run(self, tokens: Tokens) -> np.ndarray:
         return self._session.run(None, {name: tokens[name] for name in self._names})[0]
@@ -163,21 +187,25 @@ def session_options(threads: int):
     return options
 
 
-def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
+def in_parts(
+    run: Callable[[Tokens], np.ndarray], tokens: Tokens, each: Callable[..., Iterable[np.ndarray]] = map
+) -> np.ndarray:
     """Logits of a batch of any size, PART headlines at a time, those of like length together and padded no further.
 
-    Padding past the longest of a part goes, on the right alone: on the left it moves a headline's positions.
+    each: calls `run` on every part and keeps their order, as `map` does. The longest go first, so that none is left to
+    run alone at the end. Padding past the longest of a part goes, on the right alone: on the left it moves a headline's
+    positions.
     """
     if len(tokens["input_ids"]) <= PART:
         return run(tokens)
     lengths = tokens["attention_mask"].shape[1] - tokens["attention_mask"][:, ::-1].argmax(axis=1)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     parts = []
     for start in range(0, len(order), PART):
         rows = order[start : start + PART]
         longest = lengths[rows].max()
-        parts.append(run({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()}))
-    return np.concatenate(parts)[np.argsort(order)]
+        parts.append({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()})
+    return np.concatenate(list(each(run, parts)))[np.argsort(order)]
 
 
 @contextlib.contextmanager
