@@ -1,5 +1,6 @@
 """A file through one back end in batches: `predict.py --batch` and `--csv`."""
 
+import argparse
 import csv
 import io
 import itertools
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script, training_texts
 
+from benchmark.studies import million
 from lab04 import LabError, artefact
 from lab04.read.headlines import Row
 from lab04.run import runtimes, scores, stream
@@ -136,13 +138,30 @@ def test_memory_does_not_grow_with_the_file(onnx):
         "from benchmark.worker import peak_memory_bytes; print(peak_memory_bytes(), file=sys.stderr)"
     )
     peaks, environment = [], {**os.environ, "PYTHONPATH": str(ROOT)}
-    for count in (1000, 10000):
+    for count in (500, 5000):
         text = "".join(f"{TEXTS[i % 40]} {i}\n" for i in range(count))
         run = [sys.executable, "-c", program, *command(onnx, "--csv")[1:]]
         result = subprocess.run(run, input=text, capture_output=True, text=True, timeout=200, env=environment)
         assert len(result.stdout.splitlines()) == count + 1, result.stderr
         peaks.append(int(result.stderr))
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_the_study_of_a_large_file_counts_every_line(onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr(million, "RATE_HEADLINES", 128)
+    texts = list(itertools.islice(million.made_headlines(), 500))
+    assert len(set(texts)) > 490
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
+    settings = argparse.Namespace(headlines=500, batch=64)
+    run = million.measure(onnx, tmp_path / "texts.txt", 1, settings)
+    assert run["per_second"] == pytest.approx(500 / run["seconds"])
+    assert run["minutes_for_a_million"] * 60 * 500 == pytest.approx(run["seconds"] * 1e6)
+    assert run["model_per_second"] > 0 and run["memory_mb"] > 20 and run["cores"] == 1
+    lines = (tmp_path / "labelled.csv").read_text().splitlines(keepends=True)
+    for wrong in (lines[:-1], [*lines[:9], lines[10], lines[9], *lines[11:]], [*lines, lines[-1]]):
+        (tmp_path / "labelled.csv").write_text("".join(wrong))
+        with pytest.raises(LabError, match="came back as"):
+            million.check_order(tmp_path / "texts.txt", tmp_path / "labelled.csv")
 
 
 @pytest.mark.parametrize(
