@@ -1,5 +1,7 @@
 """`--threads`: a call's parts side by side, with every bit as in one thread, and callers that come at once."""
 
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +64,18 @@ def test_a_part_has_one_thread_in_a_batch_and_all_when_it_is_alone(artefact_fold
         assert set(seen) == {1} and len(seen) == 9
         backend.logits(tokenise(TEXTS[:1]))
     assert seen[9:] == [3]
+
+
+def test_a_wide_network_splits_its_products_instead(artefact_folder, tmp_path):
+    folder = shutil.copytree(artefact_folder("onnx"), tmp_path / "wide")
+    built = artefact.Artefact(folder, artefact.load(folder).manifest, artefact.load(folder).labels)
+    tokens = artefact.Tokeniser(built)(TEXTS)
+    for name, threads_within in (("vocab_size", 1), ("hidden_size", 2), ("dim", 2)):
+        (folder / "config.json").write_text(json.dumps({name: 768}))
+        with runtimes.OnnxRuntimeBackend(built, 1) as one, runtimes.OnnxRuntimeBackend(built, 2) as two:
+            assert two._session.get_session_options().intra_op_num_threads == threads_within
+            np.testing.assert_allclose(two.logits(tokens), one.logits(tokens), atol=1e-5)
+            assert bool(of_parts()) == (threads_within == 1)
 
 
 def test_callers_that_come_at_once_get_their_own_answers(built):

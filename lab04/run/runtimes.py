@@ -5,6 +5,7 @@ CPU threads; each imports its library only when it is opened. A backend on the C
 """
 
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -26,6 +27,9 @@ DEFAULT_THREADS = 1
 # Headlines of one call. Between the layers, 64 of 16 tokens are 6 MB in FP32, more than a core's own cache holds:
 # larger parts were slower on every CPU tried (docs/int8.md).
 PART = 8
+# From this width on ONNX Runtime's products are worth splitting: with two threads within, a headline of BERT-base, 768
+# wide, took 14 ms in place of 26 (AMD Zen 4, the fastest of 181), one of MiniLM, 384 wide, 1.58 in place of 1.41.
+WIDE = 768
 X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 MAX_KNOWN_CHANGE = 0.3  # of a probability; INT8 moves those of clear labels by hundredths, wrong kernels at will
 
@@ -92,7 +96,7 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
 class CpuBackend(Backend):
     """A runtime on the CPU: `at_once` parts of a call run side by side, each in one thread, over one copy of weights.
 
-    The parts are the same for any number of threads, and so is every bit of what they give.
+    The parts are the same for any number of threads, and so is what they give.
     """
 
     device = "CPU"
@@ -158,20 +162,29 @@ class CompiledBackend(TorchBackend):
 
 
 class OnnxRuntimeBackend(CpuBackend):
-    """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it."""
+    """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it.
+
+    The parts of a wide network run one after another, each in all threads.
+    """
 
     def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
         import onnxruntime
 
-        super().__init__(artefact, threads)
-        # One thread within a part: for one headline two were slower, 1.58 against 1.41 ms (docs/measuring.md).
+        within = threads if is_wide(artefact) else 1  # a session has one number for all its calls
+        super().__init__(artefact, threads // within)
         self._session = onnxruntime.InferenceSession(
-            str(graph or artefact.model_file), session_options(1), providers=["CPUExecutionProvider"]
+            str(graph or artefact.model_file), session_options(within), providers=["CPUExecutionProvider"]
         )
         self._names = [item.name for item in self._session.get_inputs()]
 
     def _run(self, tokens: Tokens) -> np.ndarray:
         return self._session.run(None, {name: tokens[name] for name in self._names})[0]
+
+
+def is_wide(artefact: Artefact) -> bool:
+    """Whether an artefact's network is as wide as BERT-base, by its config.json."""
+    config = json.loads((artefact.folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("hidden_size", config.get("dim", 0)) >= WIDE  # DistilBERT says dim
 
 
 def session_options(threads: int):
