@@ -18,6 +18,8 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
+
 from lab04 import ROOT, LabError, labs, options
 from lab04.artefact import Tokeniser
 from lab04.compare import charts, report, side_by_side

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError
+from lab04 import LabError, in_one_line
 from lab04.artefact import Tokeniser, load
 from lab04.compare import consistency
 from lab04.read.classifier import Classifier
@@ -91,7 +91,8 @@ def check_fp16(folder: Path, fp32: Classifier, threads: int) -> dict:
 def run_batches(backend: Backend, tokenise: Tokeniser, texts: list[str], size: int) -> np.ndarray:
     """Logits [texts, labels] of an artefact, `size` texts a call, in their order."""
     batches = [texts[first : first + size] for first in range(0, len(texts), size)]
-    return np.concatenate([backend.logits(tokenise(batch)) for batch in batches])
+    with in_one_line(f"the finished artefact cannot run {size} texts at once; nothing was written"):
+        return np.concatenate([backend.logits(tokenise(batch)) for batch in batches])
 
 
 def run_alone(backend: Backend, tokenise: Tokeniser, texts: list[str]) -> np.ndarray:
