@@ -94,7 +94,7 @@ def check_fp16_logits(reference: np.ndarray, logits: np.ndarray, what: str) -> d
 def run_batches(backend: Backend, tokenise: Tokeniser, texts: list[str], size: int) -> np.ndarray:
     """Logits [texts, labels] of an artefact, `size` texts a call, in their order."""
     batches = [texts[first : first + size] for first in range(0, len(texts), size)]
-    with in_one_line(f"the finished artefact cannot run {size} texts at once; nothing was written"):
+    with in_one_line(f"the artefact fails on batches of {size}, nothing was written"):
         return np.concatenate([backend.logits(tokenise(batch)) for batch in batches])
 
 
