@@ -10,6 +10,7 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
+unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
 .PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

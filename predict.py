@@ -20,12 +20,15 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
+
 from lab04 import ROOT, LabError, labs, options
 from lab04.artefact import Tokeniser
 from lab04.compare import charts, report, side_by_side
 from lab04.compare.side_by_side import Runner
 from lab04.console import run
 from lab04.read import headlines
+from lab04.read.formats import ENDINGS
 from lab04.read.headlines import Row
 from lab04.run import stream
 
@@ -58,8 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("headlines", nargs="*", metavar="HEADLINE", help="headlines (default: the lab's three)")
-    add("--file", help="headlines: CSV, TSV, JSON lines, JSON, or one a line; - reads stdin")
+    add("--file", help="headlines: CSV, TSV, JSON lines, JSON, Parquet, Arrow or one a line; - reads stdin")
     headlines.add_options(parser)
+    add("--no-labels", action="store_true", help="leave its labels out, as those of another taxonomy")
     add("--backends", nargs="+", metavar="NAME", help=f"which to run, of {', '.join(FOLDERS)} (default: all)")
     add("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="artefact folders to run instead of the lab's own")
     add("--output", type=Path, default=Path(), help="folder for the charts (default: the current one)")
@@ -86,15 +90,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for text in arguments.headlines:
         if text != "-" and is_file(text):
             raise LabError(f"{text} is a file, not a headline: python predict.py --file {text}")
-        if " " not in text and Path(text).suffix.lower().lstrip(".") in headlines.FORMATS:
+        if " " not in text and Path(text).suffix.lower().lstrip(".") in ENDINGS:
             raise LabError(f"{text} looks like a file, and there is none of that name here")
-    for option, given, fits in (
-        ("--backends", arguments.backends or [], FOLDERS.__contains__),
-        ("--artefacts", arguments.artefacts or [], lambda folder: " " not in str(folder) or folder.exists()),
-    ):
-        if wrong := [str(item) for item in given if not fits(item)]:
-            takes = ", ".join(FOLDERS) if option == "--backends" else "artefact folders"
-            raise LabError(f"{option} takes {takes}, not {wrong[0]!r}: put headlines before {option}")
+    if wrong := [name for name in arguments.backends or [] if name not in FOLDERS]:
+        raise LabError(f"--backends takes {', '.join(FOLDERS)}, not {wrong[0]!r}: put headlines before --backends")
+    # A name without blanks that is not there may be a folder still to be built; what follows a folder is a headline.
+    folders = list(map(str, arguments.artefacts or []))
+    if wrong := [text for place, text in enumerate(folders) if not is_folder(text) and (place or " " in text)]:
+        raise LabError(f"--artefacts takes artefact folders, not {wrong[0]!r}: put headlines before --artefacts")
 
 
 def check_batches(arguments: argparse.Namespace) -> None:
@@ -119,10 +122,17 @@ def is_file(text: str) -> bool:
     return False
 
 
+def is_folder(text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return Path(text).is_dir()
+    return False
+
+
 def read_headlines(arguments: argparse.Namespace, labels: list[str]) -> Iterator[Row]:
     """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
     if arguments.file:
-        yield from headlines.read(arguments.file, labels, **headlines.options(arguments))
+        given = headlines.options(arguments)
+        yield from headlines.read(arguments.file, labels, **given, no_labels=arguments.no_labels)
         return
     # The default headlines' labels are the default model's; another model is not judged by them.
     known = [(text, label if label in labels else None) for text, label in HEADLINES.items()]

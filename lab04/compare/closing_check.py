@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError
+from lab04 import LabError, in_one_line
 from lab04.artefact import Tokeniser, load
 from lab04.compare import consistency
 from lab04.read.classifier import Classifier
@@ -99,7 +99,8 @@ def check_fp16_logits(reference: np.ndarray, logits: np.ndarray, what: str) -> d
 def run_batches(backend: Backend, tokenise: Tokeniser, texts: list[str], size: int) -> np.ndarray:
     """Logits [texts, labels] of an artefact, `size` texts a call, in their order."""
     batches = [texts[first : first + size] for first in range(0, len(texts), size)]
-    return np.concatenate([backend.logits(tokenise(batch)) for batch in batches])
+    with in_one_line(f"the artefact fails on batches of {size}, nothing was written"):
+        return np.concatenate([backend.logits(tokenise(batch)) for batch in batches])
 
 
 def run_alone(backend: Backend, tokenise: Tokeniser, texts: list[str]) -> np.ndarray:
