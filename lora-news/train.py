@@ -18,7 +18,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # this script lives one folder below the package it shares with the labs
 
-from lab04 import LabError, charts, classifier, headlines, lab, model_files  # noqa: E402
+from lab04 import LabError, console, options, said  # noqa: E402
+from lab04.compare import charts  # noqa: E402
+from lab04.console import quiet_logging  # noqa: E402
+from lab04.read import classifier, headlines, model_files  # noqa: E402
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")  # the hub data set's integers, in order
 AG_NEWS_DEV = 1500  # AG News titles held out of training
@@ -60,7 +63,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
     add = parser.add_argument
     add("--ag-news", default="fancyzhx/ag_news", help="hub id, or a file with label,title[,description]")
     add("--headlines", type=Path, default=HERE / "headlines" / "train.csv", help="our training headlines, text,label")
@@ -68,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--base", default=model_files.DEFAULT_BASE, help="encoder: hub id or folder (default: %(default)s)")
     add("--output", type=Path, default=HERE / "adapter", help="adapter folder (default: lora-news/adapter)")
     add("--epochs", type=float, default=3, help="passes over the data (default: %(default)s)")
-    add("--ag-rows", type=lab.positive, default=18500, help="AG News rows to train on (default: %(default)s)")
+    add("--ag-rows", type=options.positive, default=18500, help="AG News rows to train on (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="peak of the cosine schedule (default: %(default)s)")
-    add("--batch-size", type=lab.positive, default=32, help="texts a step (default: %(default)s)")
+    add("--batch-size", type=options.positive, default=32, help="texts a step (default: %(default)s)")
     add("--seed", type=int, default=1, help="of dropout and the order of rows (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last finished epoch")
     return parser.parse_args()
@@ -137,9 +140,7 @@ def read_hub(name: str) -> list[dict]:
         rows = load_dataset(name, split="train").to_list()
         return [{"title": row["text"], "full": row["text"], "label": AG_NEWS_LABELS[row["label"]]} for row in rows]
     except Exception as error:  # the library raises a different class for every way a source can be missing
-        raise LabError(
-            f"cannot read {name}: {model_files.one_line(error)}. Without network, give a CSV: --ag-news FILE.csv"
-        ) from error
+        raise LabError(f"cannot read {name}: {said(error)}. Without network, give a CSV: --ag-news FILE.csv") from error
 
 
 # --- Model ------------------------------------------------------------------------------------------------
@@ -154,12 +155,12 @@ def build_network(base: str, labels: list[str]):
     names = dict(enumerate(labels))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-        with lab.quiet_logging():
+        with quiet_logging():
             network = AutoModelForSequenceClassification.from_pretrained(
                 folder, num_labels=len(labels), id2label=names, label2id={name: index for index, name in names.items()}
             )
     except (OSError, ValueError) as error:
-        raise LabError(f"cannot load the base {base}: {model_files.one_line(error)}") from error
+        raise LabError(f"cannot load the base {base}: {said(error)}") from error
     modules = {name.rpartition(".")[2] for name, _ in network.named_modules()}
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -304,7 +305,7 @@ def report(arguments, trainer, labels: list[str], test_sets: dict[str, list[dict
     for name, rows in test_sets.items():
         choice = labels[: len(AG_NEWS_LABELS)] if rows[0]["ag_news"] else labels
         truth = [row["label"] for row in rows]
-        columns = lab.fp32_logits(merged, [row["text"] for row in rows])[:, : len(choice)].argmax(axis=1)
+        columns = merged.logits([row["text"] for row in rows])[:, : len(choice)].argmax(axis=1)
         predicted = [choice[column] for column in columns]
         record["results"][name] = classification_report(truth, predicted, output_dict=True, zero_division=0)
         tables[name] = classification_report(truth, predicted, digits=3, zero_division=0)
@@ -341,4 +342,4 @@ def model_card(record: dict, tables: dict[str, str], arguments: argparse.Namespa
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

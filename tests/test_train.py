@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_in_process, run_script
 
-from lab04 import classifier, headlines, lab
+from lab04.read import classifier, headlines
+from lab04.read.texts import TRAIN_HEADLINES
 
 AG_NEWS_LABELS = {"World", "Sports", "Business", "Sci/Tech"}
 TRAIN = "lora-news/train.py"
@@ -26,7 +27,7 @@ def write_csv(path: Path, columns: list[str], rows: list) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
     """A few hundred of our headlines, and all of those with AG News' labels in place of AG News."""
-    folder, rows = tmp_path_factory.mktemp("data"), list(headlines.read(lab.TRAIN_HEADLINES))
+    folder, rows = tmp_path_factory.mktemp("data"), list(headlines.read(TRAIN_HEADLINES))
     ag_news = [(row.label, row.text) for row in rows if row.label in AG_NEWS_LABELS]
     return {
         "ag_news": write_csv(folder / "ag_news.csv", ["label", "title"], ag_news),
@@ -88,7 +89,7 @@ def test_scores_are_calibrated_on_the_held_out_headlines(adapter, data):
     rows = list(headlines.read(data["ours"]))
     random.Random(0).shuffle(rows)
     held_out, loaded = rows[: len(rows) // 20], classifier.load(str(adapter))
-    logits = lab.fp32_logits(loaded, [row.text for row in held_out])
+    logits = loaded.logits([row.text for row in held_out])
 
     def loss(factor: float) -> float:
         scores = np.exp(factor * logits.astype(float))
