@@ -19,7 +19,6 @@ from lab04 import LabError
 from lab04.artefact import Artefact, Tokeniser, Tokens
 from lab04.run.backend import Backend, OutputCheck
 from lab04.run.recheck import RecheckedBackend
-from lab04.run.scores import softmax
 
 # One thread: a second one gains less than half again for one headline of a small model, and its latency then
 # depends on whoever else wants that core (docs/measuring.md, "Threads").
@@ -31,7 +30,11 @@ PART = 8
 # wide, took 14 ms in place of 26 (AMD Zen 4, the fastest of 181), one of MiniLM, 384 wide, 1.58 in place of 1.41.
 WIDE = 768
 X86 = ("x86_64", "amd64", "i386", "i686", "x86")
-MAX_KNOWN_CHANGE = 0.3  # of a probability; INT8 moves those of clear labels by hundredths, wrong kernels at will
+# How much another processor may move the known headlines' logits, as a share of what rounding moved them by. Seen of
+# our ONNX artefact: up to 0.24 on x86 with and without VNNI, on ARM and with ONNX Runtime 1.15 to 1.32; 0.72 with the
+# kernels for ARM's SME that change labels. PyTorch's engines: up to 0.14 (docs/int8.md).
+MAX_KNOWN_CHANGE = 0.4
+MIN_KNOWN_CHANGE = 0.01  # logits: where a second graph decided all of them, floating-point arithmetic is all that moves
 
 
 def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
@@ -61,21 +64,23 @@ def open_runtime(artefact: Artefact, threads: int) -> Backend:
 
 
 def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
-    """Run the headlines that the artefact knows the FP32 logits of: the lab's word on processors nobody tried.
+    """Run the headlines that the artefact knows its logits of: the lab's word on processors nobody tried.
 
-    Raises LabError if a label, all of them clear ones, or the probabilities differ from FP32's.
+    Raises LabError if their largest changes are on average more than a share of what the rounding itself changed.
     """
     known = artefact.manifest.get("check", {}).get("known_headlines", [])
     if not known:  # while the artefact is being built
         return
     tokenise = Tokeniser(artefact)
-    for item in known:
-        expected, found = softmax(np.array(item["fp32_logits"])), softmax(backend.logits(tokenise([item["text"]]))[0])
-        if expected.argmax() != found.argmax() or np.abs(found - expected).max() > MAX_KNOWN_CHANGE:
-            raise LabError(
-                f"{artefact.folder} gives wrong answers on this processor ({platform.machine()}, its own check "
-                f"headlines differ from FP32): run {artefact.rebuild_command} here"
-            )
+    fp32, built = (np.array([item[name] for item in known]) for name in ("fp32_logits", "logits"))
+    here = np.concatenate([backend.logits(tokenise([item["text"]])) for item in known])
+    rounding, change = (float(np.abs(logits - built).max(axis=1).mean()) for logits in (fp32, here))
+    if not change <= max(MAX_KNOWN_CHANGE * rounding, MIN_KNOWN_CHANGE):  # NaN is no right answer either
+        raise LabError(
+            f"{artefact.folder} gives wrong answers on this processor ({platform.machine()}): the logits of its own "
+            f"check headlines move by {change:.3f}, rounding itself by {rounding:.3f}: run "
+            f"{artefact.rebuild_command} here"
+        )
 
 
 def quantised_engine(supported: list[str], machine: str, static: bool = False) -> str:
@@ -183,6 +188,8 @@ def session_options(threads: int):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # On ARM with SME these kernels change labels, seen in emulation with 1.24 to 1.32 (docs/int8.md).
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
     # A spinning pool takes the core of whoever runs next (onnxruntime#13808).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
