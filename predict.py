@@ -131,8 +131,8 @@ def is_folder(text: str) -> bool:
 def read_headlines(arguments: argparse.Namespace, labels: list[str]) -> Iterator[Row]:
     """The headlines to run, one at a time. Raises LabError on the first that cannot be used, or if there is none."""
     if arguments.file:
-        given = headlines.options(arguments)
-        yield from headlines.read(arguments.file, labels, **given, no_labels=arguments.no_labels)
+        columns = headlines.options(arguments)
+        yield from headlines.read(arguments.file, labels, **columns, no_labels=arguments.no_labels)
         return
     # The default headlines' labels are the default model's; another model is not judged by them.
     known = [(text, label if label in labels else None) for text, label in HEADLINES.items()]
