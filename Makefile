@@ -10,7 +10,8 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families examples pictures readme train clean
+unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file examples pictures readme train clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -53,6 +54,9 @@ examples: lab .venv/installed-bench ## what the README shows of single headlines
 
 pictures: .venv/installed-bench ## draw the pictures of docs/int8.md from our own weights
 	$(RUN) -m benchmark.studies.pictures
+
+bench-file: lab .venv/installed-bench ## a million headlines through predict.py --csv, on one core and on all: half an hour
+	$(RUN) -m benchmark.studies.million
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme

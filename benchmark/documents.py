@@ -1,6 +1,6 @@
 """The figures of README.md and docs/: every one is written here from results/, between markers.
 
-    <!-- results:FOLDER/TABLE --> … <!-- /results -->     one of tables.TABLES, from results/FOLDER/results.json
+    <!-- results:FOLDER/TABLE --> … <!-- /results -->     one of TABLES, from results/FOLDER/results.json
     <!-- results:FOLDER/ANSWER --> … <!-- /results -->    one of answers.OF_A_MACHINE, from the runs of its processor
     <!-- results:all/TABLE --> … <!-- /results -->        one of machines.OF_ALL, from every folder of results
     <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
@@ -12,9 +12,11 @@ import re
 from pathlib import Path
 
 from benchmark import answers, machines, results, tables
+from benchmark.study_tables import OF_A_STUDY
 from lab04 import LabError
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
+TABLES = tables.OF_A_RUN | OF_A_STUDY
 FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md")
 
 
@@ -39,8 +41,8 @@ def fill(text: str, root: Path) -> str:
         if what in answers.OF_A_MACHINE:
             answer = answers.OF_A_MACHINE[what](measured, machines.on_real_headlines(root, measured))
             return f"{opening}\n{answer}\n{closing}"
-        if what in tables.TABLES:
-            return f"{opening}\n{tables.TABLES[what](measured)}\n{closing}"
+        if what in TABLES:
+            return f"{opening}\n{TABLES[what](measured)}\n{closing}"
         return f"{opening}{value(measured, what)}{closing}"
 
     return BLOCK.sub(replace, text)
@@ -63,5 +65,5 @@ def value(measured: dict, path: str) -> str:
             found = found[int(key)] if isinstance(found, list) else found[key]
         return format(found, form)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        names = ", ".join((*tables.TABLES, *answers.OF_A_MACHINE))
+        names = ", ".join((*TABLES, *answers.OF_A_MACHINE))
         raise LabError(f"the text asks for {path}, which is neither in the results nor one of {names}") from error

@@ -19,7 +19,7 @@ from lab04.run.scores import gaps, softmax
 TIMES = ("mean_ms", *(f"p{percentile}_ms" for percentile in measures.PERCENTILES), "min_ms")
 
 FORMAT = 1
-RESULTS, CHANGED, FLOOR = "results.json", "changed.csv", "floor.json"
+RESULTS, CHANGED = "results.json", "changed.csv"
 GAP_BINS = 60
 REFERENCE = "fp32-torch"  # every speed-up and every agreement is against this row
 
@@ -43,7 +43,9 @@ def summarise(journal: Journal) -> dict:
                 row["consistency"] = measures.consistency(logits[REFERENCE], logits[name], truth)
                 differ = logits[name].argmax(axis=1) != logits[REFERENCE].argmax(axis=1)
                 row["changed_gaps"] = fp32_gaps[differ].tolist()
-            [entry] = journal.find("logits", id=name)
+                for entry in journal.find("batched_logits", id=name)[-1:]:
+                    row["consistency"] |= measures.batch_change(logits[name], np.array(entry["logits"]))
+            entry = journal.find("logits", id=name)[-1]
             if "rechecked" in entry:
                 row["rechecked"] = entry["rechecked"] / len(truth)
         row["latency"] = summarise_latency(journal, name)
@@ -155,7 +157,7 @@ def write_changed(folder: Path, rows: list[dict]) -> None:
 
 
 def load(folder: Path) -> dict:
-    """results.json of a folder, with `floor_ms` if its machine's floor is on record beside it (benchmark/floor.py).
+    """results.json of a folder, with `floor_ms` if the floor of its machine was measured (benchmark/floor.py).
 
     Raises LabError if it is missing or of another format.
     """
@@ -166,7 +168,7 @@ def load(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"no readable {folder / RESULTS} ({error}): run python -m benchmark") from error
     machine = results.get("environment")
-    floor = machine and folder.parent / environment.folder_name(machine) / FLOOR
+    floor = machine and folder.parent / environment.folder_name(machine, "floor") / RESULTS
     if floor and floor.exists():
         results["floor_ms"] = json.loads(floor.read_text(encoding="utf-8"))["floor_ms"]
     return results

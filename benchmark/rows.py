@@ -48,7 +48,8 @@ def list_rows(
         kind, precision = folder.backend, folder.manifest["precision"]
         name = "-".join((kind, precision.lower(), *folder.options))
         name = f"{name}-{folder.folder.name}" if name in rows else name
-        rows[name] = row(folder.title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
+        title = folder.title.removesuffix(f" {precision}")
+        rows[name] = row(title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
         if kind == "tensorrt" and not speed_only:
             # Whether or not an engine runs here: the graph it is built from, for its labels, not its speed.
             rows[f"{name}-graph"] = row(labs.GRAPH_ON_CPU, precision, "check", "graph", folder.folder)
@@ -67,7 +68,7 @@ def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact],
     for folder in folders or [*ARTEFACTS, *filter(Path.exists, VARIANTS)]:
         if not folders and not folder.exists():
             [lab] = [lab for lab in labs.LABS if lab.folder == folder.name]
-            spec = row(lab.shown[()][0], lab.precision, "lab", "artefact", folder)
+            spec = row(lab.shown[()][0].removesuffix(f" {lab.precision}"), lab.precision, "lab", "artefact", folder)
             missing[lab.backend] = spec | {"reason": f"not built: run python {lab.script}"}
         else:
             built.append(artefact.load(folder))

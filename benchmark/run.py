@@ -49,6 +49,9 @@ QUICK = FULL | {
 }
 
 
+NEIGHBOURS = 32  # headlines of a batch, where it is looked whether they change each other's labels
+
+
 class Run:
     """One run of the benchmark: what is measured, on what, and the journal it goes into."""
 
@@ -132,7 +135,7 @@ class Run:
                 self.journal.append("backend", id=name, **facts)
 
     def measure_quality(self) -> None:
-        """Logits of every backend for all headlines, one at a time as `predict.py` runs them."""
+        """Logits of every backend for all headlines, one at a time as `predict.py` runs them, then in batches."""
         for name in progress(
             [name for name in self.alive() if not self.journal.find("logits", id=name)], "   backends"
         ):
@@ -140,6 +143,8 @@ class Run:
                 with self.process(name, self.threads[0]) as worker:
                     self.open(worker, name, self.threads[0])
                     self.journal.append("logits", id=name, **worker.ask("logits", texts=self.quality_texts))
+                    batched = worker.ask("logits_in_batches", texts=self.quality_texts, batch=NEIGHBOURS)
+                    self.journal.append("batched_logits", id=name, **batched)
             except LabError as error:
                 self.fail(name, error)
 

@@ -220,31 +220,6 @@ def cold_start(measured: dict) -> str:
     return table([*head, "peak memory (MB)"], rows)
 
 
-def ablation(measured: dict) -> str:
-    """What each step of the INT8 preparation is worth (benchmark/steps.py)."""
-    rows = [
-        [row["step"], f"{100 * row['error']:.1f}", str(row["changed"]), f"{row['speed']:.2f}×"]
-        for row in measured["steps"]
-    ]
-    head = ["PyTorch INT8", "logit error (% of spread)", f"changed, of {measured['headlines']:,}", "speed"]
-    return table(head, rows)
-
-
-def families(measured: dict) -> str:
-    """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
-    rows = []
-    for row in measured["families"]:
-        served = [row[name] for name in ("torch", "onnxruntime")]
-        fp32 = [f"{check['fp32_ms']:.1f}" for check in served if "fp32_ms" in check]
-        cells = [row["family"], f"{row['parameters_m']:.0f}", fp32[0] if fp32 else NOT_MEASURED]
-        for check in served:
-            kept = "refused" if "refused" in check else f"{check['agreement']:.1%}"
-            cells += [ratio(check), kept]
-        rows.append(cells)
-    head = ["family", "M", "FP32 ms", "PyTorch", "same", "ONNX", "same"]
-    return table(head, rows)
-
-
 def original(measured: dict) -> str:
     """The course lab's own table, beside this run's rows for the same three backends."""
     threads = str(measured["settings"]["threads"][0])
@@ -259,33 +234,7 @@ def original(measured: dict) -> str:
     return table([*head, "correct, original"], rows)
 
 
-def excerpt(measured: dict) -> str:
-    """The first of the lab's headlines as `predict.py` prints it, of its first backend."""
-    said = measured["predicted"]
-    name, answer = next(iter(said["backends"].items()))
-    best = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:5]
-    lines = [
-        f"Predicting: {said['text']!r}",
-        "",
-        f"[{name}]: {answer['label']} ({answer['id']}) | {answer['ms'] / 1e3:.4f} sec",
-    ]
-    lines += ["Top 5 Predictions:", *(f"  - {label:<12} {score:.4f}" for label, score in best)]
-    return "\n".join(["```", *lines, "```"])
-
-
-def python_versions(measured: dict) -> str:
-    """With which Python and PyTorch the tests passed (benchmark/studies/this_python.py)."""
-    rows = [
-        [row["python"], row["torch"], str(row["passed"])]
-        + [f"{row['failed']}" + f" ({row.get('note')})" * ("note" in row), str(row["not_run"]), str(row["commit"])]
-        for row in measured["runs"]
-    ]
-    return table(["Python", "PyTorch", "tests passed", "failed", "not run", "commit"], rows)
-
-
-TABLES = {
-    "excerpt": excerpt,
-    "python-versions": python_versions,
+OF_A_RUN = {
     "hardware": hardware,
     "summary": summary,
     "latency": latency,
@@ -295,6 +244,4 @@ TABLES = {
     "throughput": throughput,
     "cold-start": cold_start,
     "original": original,
-    "ablation": ablation,
-    "families": families,
 }

@@ -119,7 +119,7 @@ def read_ag_news(source: str) -> list[dict]:
     The hub's rows have title and description in one text; it then serves as both.
     """
     if Path(source).suffix.lower().lstrip(".") in headlines.FORMATS:
-        rows = [
+        rows: list[dict] = [
             {"title": row.text, "full": f"{row.text}. {row.description}" if row.description else row.text}
             | {"label": row.label}
             for row in read_file(source, AG_NEWS_LABELS)

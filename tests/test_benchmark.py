@@ -14,14 +14,14 @@ import pytest
 from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
-from benchmark import documents, environment, journal, peers, results, run, tables, worker
+from benchmark import documents, environment, floor, journal, peers, results, run, tables, worker
 from benchmark.charts import overview
 from benchmark.journal import Journal
 from benchmark.process import Process, WorkerFault
 from benchmark.studies import families, pictures, profile, steps
 from lab04 import LabError, artefact
 from lab04.artefact import contract, sealing
-from lab04.quantise import preparation
+from lab04.quantise import preparation, this_cpu
 from lab04.read.texts import TEST_HEADLINES, held_out_headlines
 from lab04.run import runtimes
 from lab04.run.backend import Unavailable
@@ -89,6 +89,8 @@ def test_quick_run_measures_everything(quick_run):
     assert reference["latency"]["1"]["speed_up"] == 1
     assert reference["consistency"]["agreement"] == 1
     assert measured["backends"]["fp32-onnx"]["consistency"]["max_change"] < 1e-4
+    changes = {name: row["consistency"]["batch_max_change"] for name, row in list(measured["backends"].items())[:4]}
+    assert changes["fp32-torch"] < 1e-4 < changes["onnxruntime-int8"] < 0.3, "dynamic INT8 feels its neighbours"
     assert measured["tokenisation"]["p50_ms"] > 0
 
 
@@ -536,6 +538,24 @@ def test_a_profile_names_the_products(backend, artefact_folder, tmp_path, monkey
     product = {"torch": "quantized::linear_dynamic", "onnx": "DynamicQuantizeMatMul"}[backend]
     assert row["operators_us"][product] > 0 and list(row["operators_us"])[-1] == "all others"
     assert (folder / "operators.png").exists()
+
+
+def test_the_floor_is_below_every_back_end(artefact_folder, tmp_path, monkeypatch, capsys):
+    try:
+        this_cpu.check_here()
+    except LabError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(floor, "ROUNDS", 3)
+    monkeypatch.setattr(environment, "describe", describe_once)
+    floor.run([artefact_folder("onnx")], TEXTS[:20], tmp_path)
+    [folder] = tmp_path.iterdir()
+    measured = results.load(folder)
+    [row] = measured["backends"].values()
+    assert 0 < measured["floor_ms"] < row["cpu_ms"]
+    assert row["share_of_floor"] == pytest.approx(measured["floor_ms"] / row["cpu_ms"])
+    config = {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    assert floor.weight_bytes(config) == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert "share of the floor" in capsys.readouterr().out
 
 
 def test_help_names_the_command_and_the_peers(monkeypatch, capsys):

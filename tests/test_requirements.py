@@ -15,6 +15,9 @@ ELSEWHERE = {
     "sklearn": "requirements/train.txt",  # the confusion matrix of the training, drawn with the lab's other charts
     "tensorrt": "requirements/gpu.txt",
     "pycuda": "requirements/gpu.txt",
+    "pyarrow": "requirements/ray.txt",  # Parquet files, where it is installed
+    "ray": "requirements/ray.txt",
+    "starlette": "requirements/http.txt",
 }
 ROOMS = {
     "requirements.txt": ("lab04/**/*.py", "lab04-*.py", "predict.py"),

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark import environment, results, tables
+from benchmark import environment, results, study_tables
 from benchmark.studies.bert_base import LABELS
 from lab04 import ROOT, artefact, console
 from lab04.read import classifier, model_files
@@ -55,7 +55,7 @@ def main() -> None:
     measured = {"format": results.FORMAT, "environment": here, "families": rows}
     folder.mkdir(parents=True, exist_ok=True)
     results.save_json(folder / results.RESULTS, measured)
-    print(tables.families(measured))
+    print(study_tables.families(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
 
