@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # On a terminal pip shows what it fetches; into a file it would write a line for each package.
 PIP := $(RUN) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
-SHARED := $(addprefix lab04/,__init__.py artefact.py backend.py backends.py classifier.py consistency.py lab.py)
+ROOMS := $(wildcard lab04/*.py lab04/*/*.py lab04/*/*.cpp)
 WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) lora-news/headlines/train.csv lora-news/headlines/test.csv
 BERT_BASE := quantised-model-bert-base
 
@@ -17,7 +17,6 @@ BERT_BASE := quantised-model-bert-base
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
-lab: export LAB_UNDER_MAKE := 1 # the scripts need not say what to run next: make runs it
 lab: quantised-model-torch/manifest.json quantised-model-optimum/manifest.json quantised-model-tensorrt/manifest.json ## quantise three ways, compare on three headlines
 	@$(RUN) predict.py
 	@echo "Wrote quantised-model-torch/ quantised-model-optimum/ quantised-model-tensorrt/ confidence_*.png, all in this folder"
@@ -36,7 +35,7 @@ bench-peers: lab .venv/installed-peers ## the same beside what one would otherwi
 	$(RUN) -m benchmark --peers --tag peers
 
 bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-base, with random weights
-	$(RUN) -m benchmark.bert_base models/bert-base
+	$(RUN) -m benchmark.studies.bert_base models/bert-base
 	$(RUN) lab04-torch.py --model models/bert-base --output $(BERT_BASE)-torch
 	$(RUN) lab04-optimum.py --model models/bert-base --output $(BERT_BASE)-optimum
 	$(RUN) lab04-nvidia.py --model models/bert-base --output $(BERT_BASE)-tensorrt || [ $$? -eq 3 ]
@@ -44,10 +43,10 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
 
 bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
-	$(RUN) -m benchmark.steps
+	$(RUN) -m benchmark.studies.steps
 
 bench-families: .venv/installed ## which families of networks the INT8 labs serve, how fast and how faithfully
-	$(RUN) -m benchmark.families
+	$(RUN) -m benchmark.studies.families
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme
@@ -55,14 +54,14 @@ readme: .venv/installed ## write the figures of README.md and docs/ from results
 clean: ## remove what `make lab` wrote, but for the environment
 	rm -rf quantised-model-*/ confidence_*.png models/
 
-quantised-model-torch/manifest.json: lab04-torch.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-torch/manifest.json: lab04-torch.py $(ROOMS) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-torch.py
 
-quantised-model-optimum/manifest.json: lab04-optimum.py lab04/onnx_graph.py lab04/preparation.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-optimum/manifest.json: lab04-optimum.py $(ROOMS) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-optimum.py
 
 # Exit code 3 says that there is no TensorRT engine on this machine: a row with its reason, not a failure.
-quantised-model-tensorrt/manifest.json: lab04-nvidia.py lab04/tensorrt_build.py lab04/tensorrt_engine.py $(SHARED) $(WEIGHTS) .venv/installed
+quantised-model-tensorrt/manifest.json: lab04-nvidia.py $(ROOMS) $(WEIGHTS) .venv/installed
 	$(RUN) lab04-nvidia.py || [ $$? -eq 3 ]
 
 .venv/installed: requirements.txt

@@ -14,9 +14,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmark import charts, environment, profile, results, tables
+from benchmark import charts, environment, results, tables
 from benchmark.run import ARTEFACTS, Run
-from lab04 import ROOT, LabError, headlines, lab
+from benchmark.studies import profile
+from lab04 import ROOT, LabError, console, options
+from lab04.read import headlines
+from lab04.read.texts import TEST_HEADLINES
 
 CPU_ARTEFACTS = ARTEFACTS[:2]
 
@@ -43,7 +46,7 @@ def main() -> None:
             run.measure()
         except KeyboardInterrupt:
             stopped = LabError(f"interrupted; what was measured is in {run.folder}: go on with --resume")
-            stopped.exit_code = lab.INTERRUPTED
+            stopped.exit_code = console.INTERRUPTED
             raise stopped from None
         finally:
             if run.journal.find("backend"):
@@ -51,18 +54,18 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
     parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
-    lab.add_model_options(parser)
+    options.add_model_options(parser)
     parser.add_argument(
         "--data",
         type=Path,
-        default=lab.TEST_HEADLINES,
+        default=TEST_HEADLINES,
         help="labelled headlines (default: lora-news/headlines/test.csv)",
     )
     headlines.add_options(parser)
     parser.add_argument(
-        "--threads", type=lab.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
+        "--threads", type=options.positive, nargs="+", help="CPU thread counts (default: 1 and all; with --quick: 1)"
     )
     parser.add_argument("--quick", action="store_true", help="a rough look in under a minute")
     parser.add_argument(
@@ -95,7 +98,7 @@ def report(folder: Path, journal: results.Journal, texts: list[str] | None = Non
     """
     measured = results.write(folder, journal)
     written = charts.save_all(folder, measured)
-    print(f"\n{environment.one_line(measured['environment'])}\n")
+    print(f"\n{environment.hardware_line(measured['environment'])}\n")
     print(tables.summary(measured))
     if texts is not None:
         changed = [] if measured["settings"]["random_weights"] else results.changed_rows(journal, texts)
@@ -103,8 +106,8 @@ def report(folder: Path, journal: results.Journal, texts: list[str] | None = Non
         if changed:
             print(f"\n{tables.changed(changed)}")
     print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
-    lab.suggest(f"python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
+    console.suggest(f"python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

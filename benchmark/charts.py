@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
-from lab04 import charts
-from lab04.charts import pyplot, save
+from lab04 import labs
+from lab04.compare import charts
+from lab04.compare.charts import pyplot, save
 
 REFERENCE_GREY, ONNX_GREY, PEER_GREY = "#555555", "#999999", "#BBBBBB"
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
@@ -43,7 +44,7 @@ def save_all(folder: Path, measured: dict) -> list[Path]:
         (folder / file).unlink(missing_ok=True)  # an earlier run may have drawn what this one has no data for
         if content:
             figure = draw(pyplot(), content, threads, measured)
-            figure.supxlabel(environment.one_line(measured["environment"]), fontsize=7, color="#555555")
+            figure.supxlabel(environment.hardware_line(measured["environment"]), fontsize=7, color="#555555")
             save(figure, folder / file)
             drawn.append(folder / file)
     return drawn
@@ -399,7 +400,7 @@ def tidy(axes) -> None:
 
 
 def save_profile(path: Path, measured: dict) -> None:
-    """Save `benchmark.profile`'s microseconds by kind of operator, a panel a back end on one scale."""
+    """Save `benchmark.studies.profile`'s microseconds by kind of operator, a panel a back end on one scale."""
     plt = pyplot()
     rows = measured["backends"]
     figure, axes = plt.subplots(
@@ -407,7 +408,7 @@ def save_profile(path: Path, measured: dict) -> None:
     )
     for panel, (name, row) in zip(axes[0], rows.items(), strict=True):
         kinds = row["operators_us"]
-        bars = panel.barh(range(len(kinds)), kinds.values(), color=charts.COLOURS[row["backend"]])
+        bars = panel.barh(range(len(kinds)), kinds.values(), color=labs.of_backend(row["backend"]).shown[()][1])
         total = sum(kinds.values())
         panel.bar_label(bars, [f"{us:.0f} µs, {us / total:.0%}" for us in kinds.values()], padding=3, fontsize=8)
         panel.set_yticks(range(len(kinds)), list(kinds), fontsize=8)
@@ -416,5 +417,5 @@ def save_profile(path: Path, measured: dict) -> None:
         panel.set_xlabel("µs a headline, by the runtime's own profiler")
         panel.set_title(name)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(environment.one_line(measured["environment"]), fontsize=7, color="#555555")
+    figure.supxlabel(environment.hardware_line(measured["environment"]), fontsize=7, color="#555555")
     save(figure, path)

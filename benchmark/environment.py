@@ -7,7 +7,8 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from lab04 import ROOT, artefact
+from lab04 import ROOT
+from lab04.artefact import sealing
 
 # What decides which INT8 kernels run: 8-bit dot products (VNNI, AMX, dotprod, i8mm) or none (plain AVX2).
 ISA_FLAGS = {
@@ -24,7 +25,7 @@ ISA_FLAGS = {
 # does not know it.
 ZEN = {23: [(0, "Zen1"), (0x30, "Zen2")], 25: [(0, "Zen3"), (0x10, "Zen4"), (0x20, "Zen3"), (0x60, "Zen4")]}
 ZEN[26] = [(0, "Zen5")]
-LIBRARIES = (*artefact.LIBRARIES, "optimum-onnx", "tokenizers", "scikit-learn", "scipy")
+LIBRARIES = (*sealing.LIBRARIES, "optimum-onnx", "tokenizers", "scikit-learn", "scipy")
 PEER_LIBRARIES = ("sentence-transformers", "openvino", "nncf", "ctranslate2")
 
 
@@ -109,7 +110,7 @@ def folder_name(environment: dict, tag: str = "") -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def one_line(environment: dict) -> str:
+def hardware_line(environment: dict) -> str:
     """The hardware in one line, for the foot of charts and tables."""
     isa = ", ".join(environment["isa"]) or "no INT8 instructions known"
     gpu = f"; GPU {environment['gpu']}" if environment["gpu"] else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lab04.consistency import softmax
+from lab04.run.scores import softmax
 
 RESAMPLES = 2000  # enough for the second digit of a 95 % interval
 CALIBRATION_BINS = 15  # Guo et al. 2017

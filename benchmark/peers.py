@@ -1,7 +1,7 @@
 """What the lab is measured against: the FP32 references, and what a user would otherwise pick.
 
 Each peer is built as its own documentation shows and runs behind the lab's one call, `logits(tokens)`. ONNX peers
-become artefact folders and run on `backends.OnnxRuntimeBackend`, so they get the lab's own session settings.
+become artefact folders and run on `runtimes.OnnxRuntimeBackend`, so they get the lab's own session settings.
 Everything is built from one FP32 folder, which `export_reference` writes.
 """
 
@@ -12,8 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact, backends, classifier, lab, onnx_graph, preparation
-from lab04.artefact import Artefact, Tokens
+from lab04 import LabError, artefact
+from lab04.artefact import Artefact, Tokens, sealing
+from lab04.artefact.folder import building
+from lab04.console import quiet_logging
+from lab04.quantise import onnx_graph, preparation
+from lab04.read import classifier
+from lab04.read.texts import TRAIN_HEADLINES, held_out_headlines, training_headlines
+from lab04.run import runtimes
 
 FUSED = "model_fused.onnx"
 CALIBRATION_ROWS = 300  # headlines that NNCF's static quantisation is calibrated on, its own default
@@ -41,14 +47,14 @@ def export_reference(model: str, labels: str | None, folder: Path) -> None:
     model.onnx is the plain export that peers quantise; FUSED is as fast as FP32 can be made, for a fair comparison.
     """
     fp32 = classifier.load(model, labels)
-    with artefact.building(folder) as new:
-        shutil.move(lab.export_onnx(fp32.model, new / "export"), new / "model.onnx")
+    with building(folder) as new:
+        shutil.move(onnx_graph.export(fp32.model, new / "export"), new / "model.onnx")
         shutil.rmtree(new / "export")
-        network = preparation.trimmed(fp32.model, fp32.encode(lab.test_texts()[:8]))
-        onnx_graph.fuse(lab.export_onnx(network, new / "export"), fp32.model.config, new / FUSED)
+        network = preparation.trimmed(fp32.model, fp32.encode(held_out_headlines()[:8]))
+        onnx_graph.fuse(onnx_graph.export(network, new / "export"), fp32.model.config, new / FUSED)
         shutil.rmtree(new / "export")
         fp32.model.save_pretrained(new)
-        artefact.seal(new, fp32, "onnxruntime", "FP32", "model.onnx")
+        sealing.seal(new, fp32, "onnxruntime", "FP32", "model.onnx")
 
 
 # --- FP32 PyTorch and its own ways to be faster -----------------------------------------------------------
@@ -81,7 +87,7 @@ def quantise_as_tutorials(network):
     """PyTorch's dynamic quantisation recipe for BERT: every Linear, default settings, still run eagerly."""
     import torch
 
-    with lab.quiet_logging():
+    with quiet_logging():
         return torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
 
 
@@ -131,13 +137,13 @@ def quantise_with_sentence_transformers(reference: Artefact, output: Path) -> No
 
 def open_reference(_folder: Path, reference: Artefact, threads: int):
     """ONNX Runtime, as the lab configures it, on the fused FP32 graph."""
-    return backends.OnnxRuntimeBackend(reference, threads, reference.folder / FUSED)
+    return runtimes.OnnxRuntimeBackend(reference, threads, reference.folder / FUSED)
 
 
 def open_onnx(folder: Path, reference: Artefact, threads: int):
     """ONNX Runtime, as the lab configures it, on the one ONNX file below `folder`."""
     [path] = Path(folder).rglob("*.onnx")
-    return backends.OnnxRuntimeBackend(reference, threads, path)
+    return runtimes.OnnxRuntimeBackend(reference, threads, path)
 
 
 # --- OpenVINO and CTranslate2 -----------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def quantise_with_nncf(reference: Artefact, output: Path) -> None:
     import nncf
     import openvino
 
-    texts = lab.train_texts() if lab.TRAIN_HEADLINES.exists() else lab.test_texts()
+    texts = training_headlines() if TRAIN_HEADLINES.exists() else held_out_headlines()
     texts = texts[:: -(-len(texts) // CALIBRATION_ROWS)]  # from the whole file, which is sorted by label
     tokenise = artefact.Tokeniser(reference)
     calibration = nncf.Dataset(texts, lambda text: tokenise([text]))
@@ -236,7 +242,7 @@ def build(peer: str, reference: Path, output: Path) -> None:
     if maker:
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        with lab.quiet_logging():
+        with quiet_logging():
             maker(artefact.load(reference), output)
 
 

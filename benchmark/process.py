@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lab04 import ROOT, LabError
-from lab04.backend import Unavailable
+from lab04.run.backend import Unavailable
 
 
 class Process:

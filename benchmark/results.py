@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import measures
-from lab04 import LabError, artefact, recheck
-from lab04.consistency import softmax
+from lab04 import LabError
+from lab04.artefact import contract
+from lab04.run import scores
+from lab04.run.scores import softmax
 
 TIMES = ("mean_ms", *(f"p{percentile}_ms" for percentile in measures.PERCENTILES), "min_ms")
 
@@ -65,7 +67,7 @@ def summarise(journal: Journal) -> dict:
     truth = np.array(start["truth"])
     logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
     failures = {entry["id"]: entry["reason"] for entry in journal.find("failed")}
-    gaps = recheck.gaps(logits[REFERENCE]) if REFERENCE in logits else np.empty(0)
+    gaps = scores.gaps(logits[REFERENCE]) if REFERENCE in logits else np.empty(0)
     counts, edges = np.histogram(gaps, bins=GAP_BINS)
     rows = {}
     for backend in journal.find("backend"):
@@ -159,7 +161,7 @@ def changed_rows(journal: Journal, texts: list[str]) -> list[dict]:
     scores = {name: softmax(values) for name, values in logits.items()}
     ids = {name: values.argmax(axis=1) for name, values in logits.items()}
     own = [row["id"] for row in journal.find("backend") if row["group"] in ("lab", "check") and row["id"] in logits]
-    gaps = recheck.gaps(logits[REFERENCE])
+    gaps = scores.gaps(logits[REFERENCE])
     changed = [index for index in range(len(texts)) if any(ids[name][index] != ids[REFERENCE][index] for name in own)]
     rows = []
     for index in sorted(changed, key=lambda index: -gaps[index]):
@@ -194,7 +196,7 @@ def load(folder: Path) -> dict:
 def save_json(path: Path, value: dict) -> None:
     """Write JSON in place of a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(artefact.render(value), encoding="utf-8")
+    temporary.write_text(contract.render(value), encoding="utf-8")
     temporary.replace(path)
 
 

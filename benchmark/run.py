@@ -13,13 +13,14 @@ from pathlib import Path
 
 from benchmark import environment, results
 from benchmark.process import Process
-from lab04 import ROOT, LabError, artefact, headlines
-from lab04.backend import Unavailable
-from lab04.backends import CompiledBackend
-from lab04.recheck import RecheckedBackend
+from lab04 import ROOT, LabError, artefact, labs
+from lab04.artefact import contract
+from lab04.read import headlines
+from lab04.run.backend import Unavailable
 
-ARTEFACTS = [ROOT / f"quantised-model-{name}" for name in ("torch", "optimum", "tensorrt")]
-VARIANTS = [ROOT / "quantised-model-torch-this-cpu", ROOT / "quantised-model-optimum-recheck"]  # measured if there
+ARTEFACTS = [ROOT / lab.folder for lab in labs.LABS]
+# Measured if they are there: what a lab's options make, in a folder of the lab's name and theirs.
+VARIANTS = [ROOT / "-".join((lab.folder, *options)) for lab in labs.LABS for options in lab.shown if options]
 
 # --- How much is measured ---------------------------------------------------------------------------------
 FULL = {
@@ -79,7 +80,7 @@ class Run:
             "weights_sha256": exported.manifest["weights_sha256"],
             "labels": exported.labels,
             "data": arguments.data.name,
-            "data_sha256": artefact.describe_file(arguments.data)["sha256"],
+            "data_sha256": contract.describe_file(arguments.data)["sha256"],
             "headlines": len(self.texts),
             "threads": self.threads,
             "quick": arguments.quick,
@@ -102,16 +103,12 @@ class Run:
             rows[name] = row(peer.name, peer.precision, "reference", name, self.reference)
         for folder in built:
             kind, precision = folder.backend, folder.manifest["precision"]
-            name = f"{kind}-{precision.lower()}" + "-recheck" * folder.rechecks + "-this-cpu" * folder.compiled
+            name = "-".join((kind, precision.lower(), *folder.options))
             name = f"{name}-{folder.folder.name}" if name in rows else name
-            title = RecheckedBackend.name if folder.rechecks else NAMES[kind]
-            title = CompiledBackend.name if folder.compiled else title
-            rows[name] = row(title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
+            rows[name] = row(folder.title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
             if kind == "tensorrt" and not arguments.random_weights:
                 # Whether or not an engine runs here: the graph it is built from, for its labels, not its speed.
-                rows[f"{name}-graph"] = row(
-                    f"{NAMES[kind]}'s graph on the CPU", precision, "check", "graph", folder.folder
-                )
+                rows[f"{name}-graph"] = row(labs.GRAPH_ON_CPU, precision, "check", "graph", folder.folder)
         rows |= missing
         for name in peers.PEERS if arguments.peers == [] else arguments.peers or []:
             if name not in peers.PEERS:
@@ -284,9 +281,6 @@ class Run:
             self.journal.append("failed", id=name, reason=str(error))
 
 
-NAMES = {"torch": "PyTorch Quantised", "onnxruntime": "ONNX Quantised", "tensorrt": "TensorRT"}
-
-
 def row(name: str, precision: str, group: str, runner: str, folder: Path) -> dict:
     """A table row: its names, what the worker needs to open it, and room for its size or the reason it has none."""
     return {
@@ -305,9 +299,9 @@ def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact],
     built, missing = [], {}
     for folder in folders or [*ARTEFACTS, *filter(Path.exists, VARIANTS)]:
         if not folders and not folder.exists():
-            kind = {"optimum": "onnxruntime"}.get(folder.name.split("-")[-1], folder.name.split("-")[-1])
-            spec = row(NAMES[kind], "FP16" if kind == "tensorrt" else "INT8", "lab", "artefact", folder)
-            missing[kind] = spec | {"reason": f"not built: run python {artefact.BUILDERS[kind]}"}
+            [lab] = [lab for lab in labs.LABS if lab.folder == folder.name]
+            spec = row(lab.shown[()][0], lab.precision, "lab", "artefact", folder)
+            missing[lab.backend] = spec | {"reason": f"not built: run python {lab.script}"}
         else:
             built.append(artefact.load(folder))
     if not built:
@@ -319,11 +313,11 @@ def check_origin(exported: artefact.Artefact, built: list[artefact.Artefact], mo
     """Raise LabError unless every artefact comes from the FP32 weights that it will be compared with."""
     for folder in built:
         if folder.manifest["weights_sha256"] != exported.manifest["weights_sha256"]:
-            command = f"python {artefact.BUILDERS[folder.backend]}"
-            command += " --recheck" * folder.rechecks + " --this-cpu" * folder.compiled
-            command += f" --model {model} --output {folder.folder}"
-            raise LabError(f"{folder.folder} was built from other weights than {model}: run {command}")
-    artefact.check_together([exported, *built])
+            raise LabError(
+                f"{folder.folder} was built from other weights than {model}: give the --model it was built from, or "
+                f"build it again from this one (it was: {folder.rebuild_command})"
+            )
+    contract.check_together([exported, *built])
 
 
 def open_journal(folder: Path, settings: dict, arguments: argparse.Namespace) -> results.Journal:

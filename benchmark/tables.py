@@ -12,8 +12,7 @@ import re
 from pathlib import Path
 
 from benchmark import environment, results
-from lab04 import ROOT, LabError
-from lab04.charts import one_line
+from lab04 import ROOT, LabError, one_line
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 NOT_MEASURED = "–"
@@ -153,7 +152,7 @@ def hardware(measured: dict) -> str:
         else f"{settings['data']}, {settings['headlines']} headlines"
     )
     return (
-        f"Measured on {environment.one_line(here)}; {here['os']}; Python {here['python']}, {libraries}; {commit}; "
+        f"Measured on {environment.hardware_line(here)}; {here['os']}; Python {here['python']}, {libraries}; {commit}; "
         f"weights {settings['weights_sha256'][:10]}; {data}{'; a quick run' * settings['quick']}.{quiet}"
     )
 

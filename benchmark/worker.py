@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact, backends
-from lab04.backend import Unavailable
-from lab04.recheck import RecheckedBackend
+from lab04 import LabError, artefact
+from lab04.run import runtimes
+from lab04.run.backend import Unavailable
+from lab04.run.recheck import RecheckedBackend
 
 
 class Worker:
@@ -45,9 +46,9 @@ class Worker:
         started = time.perf_counter()
         built = artefact.load(folder if runner in ("artefact", "graph") else reference)
         if runner == "artefact":
-            libraries, make = RUNTIMES[built.backend], lambda: backends.open_backend(built, threads)
+            libraries, make = RUNTIMES[built.backend], lambda: runtimes.open_backend(built, threads)
         elif runner == "graph":
-            libraries, make = RUNTIMES["onnxruntime"], lambda: backends.open_fp16_check(built, threads)
+            libraries, make = RUNTIMES["onnxruntime"], lambda: runtimes.open_fp16_check(built, threads)
         else:
             from benchmark import peers
 

@@ -1,4 +1,9 @@
-"""What the lab's scripts share: the classifier, the runtimes, the artefact folder, the measures, the charts."""
+"""What the lab's scripts share, in rooms in the order in which a weight and a headline pass.
+
+read: what comes in. quantise: what is done to the weights. artefact: the folder that carries the result.
+run: tokens in, logits out. compare: what is said of it beside FP32. labs.py names the labs, console.py and options.py
+are the terminal's. Imports run down only: quantise and compare may use run, run may use read and artefact.
+"""
 
 import contextlib
 import os
@@ -18,6 +23,8 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")  # a user's own setting wins
 
 FORESEEN = (OSError, ValueError, KeyError, RuntimeError)  # what libraries raise for files they cannot read
+
+REPORT = "please report this line; LAB04_DEBUG=1 shows more"
 
 interrupted = threading.Event()  # set by Ctrl-C (`lab.run`): a library's bare `except` may swallow the exception
 
@@ -52,13 +59,22 @@ def in_one_line(failed: str, *let_through: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LAB04_DEBUG") or is_ours(error):
             raise
-        said = textwrap.shorten(str(error) or "no message", 200, placeholder=" …")
-        unforeseen = "" if isinstance(error, FORESEEN) else f" ({type(error).__name__}; please report this line)"
-        raise LabError(f"{failed}: {said}{unforeseen}") from error
+        unforeseen = "" if isinstance(error, FORESEEN) else f" ({type(error).__name__}; {REPORT})"
+        raise LabError(f"{failed}: {said(error)}{unforeseen}") from error
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks: control characters become blanks, runs of blanks one."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def said(error: Exception) -> str:
+    """An exception's message, or its name if it has none, on one line of readable length."""
+    return textwrap.shorten(one_line(str(error)) or type(error).__name__, 200, placeholder=" …")
 
 
 def is_ours(error: Exception) -> bool:
     """Whether a mistake in our own files, not in what a library was given, raised an exception."""
     mistakes = (NameError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError)
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return isinstance(error, mistakes) and raised_in.parent in (ROOT, ROOT / "lab04", ROOT / "benchmark")
+    return isinstance(error, mistakes) and raised_in.is_relative_to(ROOT) and ".venv" not in raised_in.parts

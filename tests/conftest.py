@@ -119,7 +119,7 @@ def write_model(folder: Path, family: str, labels: int, seed: int = 0, **shape) 
     import torch
     import transformers
 
-    from benchmark.families import decide_labels
+    from benchmark.studies.families import decide_labels
 
     torch.manual_seed(seed)
     tokenizer = small_tokenizer(family)
@@ -161,7 +161,7 @@ def copy_model(source: Path, target: Path, **config) -> Path:
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Callable[..., Path]:
     """`shared_folder(name, write)`: a folder that `write(folder)` filled once, whichever worker needed it first."""
-    from lab04 import artefact
+    from lab04.artefact.folder import locked
 
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
@@ -169,7 +169,7 @@ def shared_folder(tmp_path_factory) -> Callable[..., Path]:
     def share(name: str, write: Callable[[Path], object]) -> Path:
         place = root / "shared" / name
         place.mkdir(parents=True, exist_ok=True)
-        with artefact.locked(place):
+        with locked(place):
             if not (place / "written").exists():
                 write(place / "folder")
                 (place / "written").touch()
@@ -224,7 +224,7 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture
 def few_headlines(monkeypatch) -> None:
     """Labs in this process look at some hundred headlines, for tests that are not about what they find there."""
-    from lab04 import preparation
+    from lab04.quantise import preparation
 
     check_few_headlines(monkeypatch)
     monkeypatch.setattr(preparation, "EVERY", 100)
@@ -232,11 +232,14 @@ def few_headlines(monkeypatch) -> None:
 
 def check_few_headlines(monkeypatch) -> None:
     """Let the labs prepare a network as ever, but check and time it on fewer headlines."""
-    from lab04 import lab
+    from lab04.compare import closing_check
+    from lab04.read import texts
 
-    texts = lab.test_texts()[:100]
-    monkeypatch.setattr(lab, "test_texts", lambda: texts)
-    monkeypatch.setattr(lab, "TIMED", 20)
+    some = texts.held_out_headlines()[:100]
+    monkeypatch.setattr(texts, "held_out_headlines", lambda: some)
+    monkeypatch.setattr(closing_check, "held_out_headlines", lambda: some)
+    monkeypatch.setattr(closing_check, "TIMED", 20)
+    monkeypatch.setattr(closing_check, "IN_BATCHES", 16)
 
 
 @pytest.fixture(scope="session")

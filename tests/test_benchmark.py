@@ -14,12 +14,17 @@ import pytest
 from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
-from benchmark import charts, environment, families, peers, pictures, results, run, steps, tables, worker
+from benchmark import charts, environment, peers, results, run, tables, worker
 from benchmark.process import Process
-from lab04 import LabError, artefact, backends, lab, preparation
-from lab04.backend import Unavailable
+from benchmark.studies import families, pictures, steps
+from lab04 import LabError, artefact
+from lab04.artefact import contract, sealing
+from lab04.quantise import preparation
+from lab04.read.texts import TEST_HEADLINES, held_out_headlines
+from lab04.run import runtimes
+from lab04.run.backend import Unavailable
 
-with lab.TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
+with TEST_HEADLINES.open(encoding="utf-8", newline="") as file:
     TEXTS = [row["text"] for row in csv.DictReader(file)][:40]
 
 
@@ -237,9 +242,9 @@ def test_a_rechecked_artefact_is_a_row_of_its_own(run_here, artefact_folder, tmp
     folder = shutil.copytree(artefact_folder("onnx"), tmp_path.parent / f"{tmp_path.name}-optimum-recheck")
     manifest = artefact.load(folder).manifest
     shutil.copy(folder / manifest["model_file"], folder / "second.onnx")
-    files = manifest["files"] | {"second.onnx": artefact.describe_file(folder / "second.onnx")}
+    files = manifest["files"] | {"second.onnx": contract.describe_file(folder / "second.onnx")}
     recheck = {"graph": "second.onnx", "threshold": 1e9}  # every headline runs again
-    artefact.write_manifest(folder, {**manifest, "files": files, "recheck": recheck})
+    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": recheck})
     entries, measured = run_here("--artefacts", artefact_folder("onnx"), folder)
     plain, rechecked = (measured["backends"][name] for name in ("onnxruntime-int8", "onnxruntime-int8-recheck"))
     assert (plain["name"], rechecked["name"]) == ("ONNX Quantised", "ONNX Rechecked")
@@ -388,7 +393,7 @@ def test_peers_classify_as_fp32_does(name, reference_folder, tmp_path, monkeypat
     assert peers.model_mb(name, folder, reference_folder) > 0
     built = artefact.load(reference_folder)
     tokenise, texts = artefact.Tokeniser(built), TEXTS[:30]
-    runner, reference = peer.open(folder, built, 1), backends.open_backend(built)
+    runner, reference = peer.open(folder, built, 1), runtimes.open_backend(built)
     changes = [np.abs(runner.logits(tokenise([text])) - reference.logits(tokenise([text]))).max() for text in texts]
     assert np.mean(changes) < (1e-3 if peer.precision == "FP32" else 1)
     batch = runner.logits(tokenise(texts))
@@ -448,7 +453,7 @@ def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):
     families.main()
     [folder] = tmp_path.iterdir()
     [row] = results.load(folder)["families"]
-    assert row["torch"]["headlines"] == len(lab.test_texts()) and row["torch"]["agreement"] > 0.9
+    assert row["torch"]["headlines"] == len(held_out_headlines()) and row["torch"]["agreement"] > 0.9
     assert row["torch"]["speed_up"] == pytest.approx(row["torch"]["fp32_ms"] / row["torch"]["ms"], abs=0.1)
     assert "unrecognized arguments" in row["onnxruntime"]["refused"]
     filled = tables.fill(f"<!-- results:{folder.name}/families --><!-- /results -->", tmp_path)

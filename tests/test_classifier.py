@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lab04 import classifier, headlines, lab, model_files
+from lab04.read import classifier, headlines, model_files
+from lab04.read.texts import TEST_HEADLINES, held_out_headlines
 
 LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"]
 
@@ -18,7 +19,7 @@ def test_merged_logits_equal_adapter_logits():
         model_files.find_base(model_files.DEFAULT_BASE), config=AutoConfig.from_pretrained(classifier.DEFAULT_MODEL)
     )
     adapter = PeftModel.from_pretrained(base, classifier.DEFAULT_MODEL).eval()
-    tokens = merged.tokenizer(lab.test_texts()[:64], padding=True, return_tensors="pt")
+    tokens = merged.tokenizer(held_out_headlines()[:64], padding=True, return_tensors="pt")
     with torch.inference_mode():
         np.testing.assert_allclose(merged.model(**tokens).logits, adapter(**tokens).logits, atol=2e-5)
 
@@ -34,7 +35,7 @@ def test_test_headlines_are_classified_as_the_model_card_says():
     from sklearn.metrics import f1_score
 
     merged = classifier.load()
-    texts, truth = headlines.read_labelled(lab.TEST_HEADLINES, merged.labels)
-    macro_f1 = f1_score(truth, lab.fp32_logits(merged, texts).argmax(axis=1), average="macro")
+    texts, truth = headlines.read_labelled(TEST_HEADLINES, merged.labels)
+    macro_f1 = f1_score(truth, merged.logits(texts).argmax(axis=1), average="macro")
     record = json.loads((classifier.ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
     assert abs(macro_f1 - record["results"]["headlines/test.csv"]["macro avg"]["f1-score"]) < 0.005

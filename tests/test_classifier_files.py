@@ -15,7 +15,9 @@ import torch
 import transformers
 from conftest import HEADLINES, copy_model
 
-from lab04 import LabError, artefact, classifier
+from lab04 import LabError, artefact
+from lab04.artefact import sealing
+from lab04.read import classifier
 
 WEIGHTS = "model.safetensors"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90868376\n"
@@ -296,7 +298,7 @@ def test_artefact_cuts_where_the_tokenizer_says_and_fills_where_no_answer_change
     loaded = classifier.load(str(folder))
     (tmp_path / "built").mkdir()
     (tmp_path / "built" / "model").touch()
-    artefact.seal(tmp_path / "built", loaded, "onnxruntime", "INT8", "model")
+    sealing.seal(tmp_path / "built", loaded, "onnxruntime", "INT8", "model")
     texts = [" ".join(HEADLINES), HEADLINES[0][:12]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     # BERT counts positions from the first token: filled up on the left it would answer otherwise.

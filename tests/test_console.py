@@ -11,7 +11,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lab04 import LabError, artefact, in_one_line, lab
+from lab04 import LabError, artefact, console, in_one_line, options
+from lab04.artefact.folder import building, replace_files
 
 TEXTS = ("Rain later", "Tōkyō 株価 🙂")
 
@@ -53,12 +54,12 @@ def test_a_swallowed_interrupt_still_ends_the_script_and_keeps_the_old_artefact(
     before = artefact.load(output).manifest
 
     def main():
-        with artefact.building(output), contextlib.suppress(BaseException):  # as copy.deepcopy's bare `except`
+        with building(output), contextlib.suppress(BaseException):  # as copy.deepcopy's bare `except`
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(SystemExit) as stop:
-        lab.run(main)
-    assert stop.value.code == lab.INTERRUPTED
+        console.run(main)
+    assert stop.value.code == console.INTERRUPTED
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert artefact.load(output).manifest == before
     assert [path.name for path in tmp_path.iterdir()] == ["built"]
@@ -68,16 +69,16 @@ def test_a_dead_builds_folder_goes_and_a_living_ones_stays(tmp_path):
     output = tmp_path / "built"
     dead, foreign = tmp_path / f".built.new-{os.getpid()}", tmp_path / ".built.newest"
     dead.mkdir(), foreign.mkdir()
-    with artefact.building(output) as living:
+    with building(output) as living:
         (living / "file").touch()
-        with artefact.building(output) as other:
+        with building(output) as other:
             assert living.exists() and other != living and not dead.exists()
     assert foreign.exists() and [path.name for path in output.iterdir()] == ["file"]
 
 
 def test_a_symbolic_link_stays_one(artefact_folder, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with artefact.building(tmp_path / "link") as folder:
+    with building(tmp_path / "link") as folder:
         shutil.copytree(artefact_folder("onnx"), folder, dirs_exist_ok=True)
     assert (tmp_path / "link").is_symlink() and artefact.load(tmp_path / "real").labels
 
@@ -86,7 +87,7 @@ def test_a_mount_point_gets_the_new_files_and_no_others(artefact_folder, tmp_pat
     output, new = tmp_path / "mounted", tmp_path / "new"
     shutil.copytree(artefact_folder("torch"), output)
     shutil.copytree(artefact_folder("onnx"), new)
-    artefact.replace_files(output, new)
+    replace_files(output, new)
     assert artefact.load(output).backend == "onnxruntime"
     assert {path.name for path in output.iterdir()} == {path.name for path in new.iterdir()}
 
@@ -96,7 +97,7 @@ def test_what_a_library_raises_while_loading_is_one_line_and_our_own_faults_are_
     with pytest.raises(LabError, match=reported), in_one_line("cannot load it"):
         raise EOFError("cut off")
     with pytest.raises(TypeError), in_one_line("cannot load it"):
-        lab.positive(None)
+        options.positive(None)
 
 
 def test_scripts_run_without_docstrings():

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from lab04 import headlines, lab
+from lab04.read import headlines
+from lab04.read.texts import TEST_HEADLINES, TRAIN_HEADLINES, held_out_headlines, training_headlines
 
 LABELS = {"Business", "Sci/Tech", "Sports", "World", "climate", "education", "health", "security", "tech-policy"}
 BLOCK = 500  # headlines at a time: all at once take eight gigabytes
@@ -24,16 +25,14 @@ def most_alike(texts: list[str]) -> tuple[float, str, str]:
 
 
 def test_every_label_has_enough_headlines():
-    train, test = (
-        Counter(row.label for row in headlines.read(path)) for path in (lab.TRAIN_HEADLINES, lab.TEST_HEADLINES)
-    )
+    train, test = (Counter(row.label for row in headlines.read(path)) for path in (TRAIN_HEADLINES, TEST_HEADLINES))
     assert set(train) == set(test) == LABELS
     assert min(train.values()) >= 150
     assert min(test.values()) >= 40
 
 
 def test_no_two_headlines_are_alike():
-    texts = lab.train_texts() + lab.test_texts()
+    texts = training_headlines() + held_out_headlines()
     score, first, second = most_alike(texts)
     assert score < TOO_ALIKE, f"{first!r} and {second!r}"
 
@@ -41,5 +40,5 @@ def test_no_two_headlines_are_alike():
 def test_a_swapped_noun_counts_as_alike():
     pair = ["School in Leeds closes after roof collapse leaves pupils without classrooms"]
     pair.append(pair[0].replace("Leeds", "Derby"))
-    score, _, _ = most_alike([*pair, *lab.test_texts()])
+    score, _, _ = most_alike([*pair, *held_out_headlines()])
     assert score >= TOO_ALIKE

@@ -6,7 +6,7 @@ from scipy.special import rel_entr
 from sklearn.metrics import accuracy_score, f1_score
 
 from benchmark import measures
-from lab04.consistency import softmax
+from lab04.run.scores import softmax
 
 LABELS = ["a", "b", "c", "d"]
 

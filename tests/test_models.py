@@ -21,7 +21,12 @@ from conftest import (
     write_model,
 )
 
-from lab04 import LabError, artefact, backends, classifier, consistency, lab, preparation
+from lab04 import LabError, artefact, options
+from lab04.compare import closing_check, consistency
+from lab04.quantise import preparation
+from lab04.read import classifier
+from lab04.read.texts import choose_texts
+from lab04.run import runtimes
 
 MODELS = [("bert", 9), ("distilbert", 2), ("roberta", 20), ("minilm", 100), ("electra", 9), ("adapter", 9)]
 # What has no step of its own in the lab: any other classifier may try, and the closing check decides.
@@ -49,14 +54,14 @@ def texts():
 
 @pytest.fixture(scope="module")
 def reference(fp32, texts):
-    return lab.fp32_logits(fp32, texts)
+    return fp32.logits(texts)
 
 
 @pytest.fixture(scope="module")
 def rounding(fp32, texts, reference):
     """Root mean square error of the FP32 model's logits when its weights and activations are rounded."""
     rounded = dataclasses.replace(fp32, model=rounded_copy(fp32.model))
-    return rms(lab.fp32_logits(rounded, texts) - reference)
+    return rms(rounded.logits(texts) - reference)
 
 
 def rounded_copy(network):
@@ -90,7 +95,7 @@ def run_padded(backend, tokenise, texts, batch: int = 16) -> np.ndarray:
 @pytest.mark.parametrize("backend", INT8)
 def test_int8_logits_differ_from_fp32_by_rounding_only(backend, model, artefact_folder, texts, reference, rounding):
     built = artefact.load(artefact_folder(backend, *model))
-    runtime, tokenise = backends.open_backend(built), artefact.Tokeniser(built)
+    runtime, tokenise = runtimes.open_backend(built), artefact.Tokeniser(built)
     single = np.concatenate([runtime.logits(tokenise([text])) for text in texts])
     padded = run_padded(runtime, tokenise, texts)
     assert len({tokenise([text])["input_ids"].shape[1] for text in texts[:16]}) > 1, "the batches must need padding"
@@ -116,8 +121,8 @@ def large_columns(texts, tmp_path_factory):
         if name.endswith("attention.output.LayerNorm.weight"):
             parameter.data[7] = 20
     fp32.model.save_pretrained(folder)
-    reference = lab.fp32_logits(fp32, texts)
-    plain = lab.fp32_logits(dataclasses.replace(fp32, model=rounded_copy(fp32.model)), texts) - reference
+    reference = fp32.logits(texts)
+    plain = dataclasses.replace(fp32, model=rounded_copy(fp32.model)).logits(texts) - reference
     return folder, reference, rms(plain)
 
 
@@ -126,7 +131,7 @@ def test_large_input_columns_cost_little(script, large_columns, few_headlines, t
     model, reference, plain = large_columns
     assert run_in_process(script, "--model", model, "--output", tmp_path / "built") == 0
     built = artefact.load(tmp_path / "built")
-    runtime, tokenise = backends.open_backend(built), artefact.Tokeniser(built)
+    runtime, tokenise = runtimes.open_backend(built), artefact.Tokeniser(built)
     logits = np.concatenate([runtime.logits(tokenise([text])) for text in texts])
     assert rms(logits - reference) < 0.6 * plain
 
@@ -142,9 +147,7 @@ def test_preparation_changes_nothing_but_the_rounding(family, model_folder, text
     prepared = preparation.prepare(fp32)
     scaled = [name for name, _ in prepared.named_buffers() if name.endswith("inverse_scale")]
     assert scaled and not any("attention.output" in name or "out_lin" in name for name in scaled), "these are free"
-    np.testing.assert_allclose(
-        lab.fp32_logits(dataclasses.replace(fp32, model=prepared), texts), lab.fp32_logits(fp32, texts), atol=1e-4
-    )
+    np.testing.assert_allclose(dataclasses.replace(fp32, model=prepared).logits(texts), fp32.logits(texts), atol=1e-4)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -165,7 +168,7 @@ def test_values_that_an_attention_mixes_are_scaled_in_front_of_its_output(rotate
 
 def test_fp16_logits_are_fp32_ones(model, artefact_folder, texts, reference):
     built = artefact.load(artefact_folder("tensorrt", *model))
-    check, tokenise = backends.open_fp16_check(built), artefact.Tokeniser(built)
+    check, tokenise = runtimes.open_fp16_check(built), artefact.Tokeniser(built)
     for logits in (
         np.concatenate([check.logits(tokenise([text])) for text in texts]),
         run_padded(check, tokenise, texts),
@@ -180,7 +183,7 @@ def test_artefact_keeps_labels_and_token_ids(backend, model, artefact_folder, fp
     assert built.labels == [f"topic {index}" for index in range(model[1])]
     tokenise = artefact.Tokeniser(built)
     for text in [*texts, "word " * 500, "数字 🙂 naïve"]:
-        expected = fp32.tokenizer(text, truncation=True, max_length=artefact.max_length(fp32))
+        expected = fp32.tokenizer(text, truncation=True, max_length=fp32.max_length)
         tokens = tokenise([text])
         assert set(tokens) == set(fp32.input_names)
         for name, ids in tokens.items():
@@ -189,7 +192,7 @@ def test_artefact_keeps_labels_and_token_ids(backend, model, artefact_folder, fp
 
 def test_models_own_length_limit_counts(artefact_folder):
     built = artefact.load(artefact_folder("onnx", "roberta", 20))
-    tokenise, runtime = artefact.Tokeniser(built), backends.open_backend(built)
+    tokenise, runtime = artefact.Tokeniser(built), runtimes.open_backend(built)
     tokens = tokenise(["word " * 500])
     assert tokens["input_ids"].shape == (1, POSITIONS)
     assert tokenise.dropped("word " * 500) > 0
@@ -230,25 +233,25 @@ def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, few_headli
 
 def test_too_few_texts_are_refused(tmp_path):
     (tmp_path / "texts.txt").write_text("The same\n" * 100)
-    parser = lab.int8_argument_parser("", "")
+    parser = options.int8_argument_parser("", "")
     with pytest.raises(LabError, match="1 different"):
-        lab.choose_texts(parser.parse_args(["--texts", str(tmp_path / "texts.txt")]))
+        choose_texts(parser.parse_args(["--texts", str(tmp_path / "texts.txt")]))
     with pytest.raises(LabError, match="cannot read"):
-        lab.choose_texts(parser.parse_args(["--texts", str(tmp_path / "none.txt")]))
+        choose_texts(parser.parse_args(["--texts", str(tmp_path / "none.txt")]))
 
 
 def test_texts_are_read_as_any_headlines_are(tmp_path):
     texts = training_texts()[:40]
     (tmp_path / "texts").write_text("\n".join(["Subject;id", *(f'"{text}";1' for text in texts)]), encoding="utf-16")
     options = ["--texts", str(tmp_path / "texts"), "--format", "csv", "--text-column", "subject"]
-    chosen = lab.choose_texts(lab.int8_argument_parser("", "").parse_args(options))
+    chosen = choose_texts(options.int8_argument_parser("", "").parse_args(options))
     assert (chosen.prepare, chosen.check) == (texts[::2], texts[1::2])
 
 
 def test_texts_the_tokeniser_does_not_know_are_counted(model_folder):
     fp32 = classifier.load(str(model_folder("bert", 9)))
-    assert lab.unknown_share(fp32, ["数字 数字", "学校"]) > lab.MAX_UNKNOWN
-    assert lab.unknown_share(fp32, HEADLINES) == 0
+    assert closing_check.unknown_share(fp32, ["数字 数字", "学校"]) > closing_check.MAX_UNKNOWN
+    assert closing_check.unknown_share(fp32, HEADLINES) == 0
 
 
 # --- Models that are refused ------------------------------------------------------------------------------

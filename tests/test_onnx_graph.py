@@ -10,7 +10,10 @@ import pytest
 from conftest import training_texts
 
 from benchmark import profile, results
-from lab04 import artefact, backends, classifier, lab, onnx_graph, preparation
+from lab04 import artefact
+from lab04.quantise import onnx_graph, preparation
+from lab04.read import classifier
+from lab04.run import runtimes
 
 
 def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_path):
@@ -34,10 +37,10 @@ def test_default_options_leave_the_graph_in_its_fast_form(artefact_folder, tmp_p
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
 def test_the_fused_fp32_graph_gives_the_models_logits(family, model_folder, tmp_path):
     fp32 = classifier.load(str(model_folder(family, 9)))
-    graph = onnx_graph.fuse(lab.export_onnx(fp32.model, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
+    graph = onnx_graph.fuse(onnx_graph.export(fp32.model, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     texts = training_texts()[:12]
-    reference = lab.fp32_logits(fp32, texts)
+    reference = fp32.logits(texts)
     padded = dict(fp32.tokenizer(texts, padding=True, truncation=True, max_length=60, return_tensors="np"))
     inputs = {item.name: padded[item.name].astype(np.int64) for item in session.get_inputs()}
     assert np.abs(session.run(None, inputs)[0] - reference).max() < 1e-4
@@ -51,13 +54,13 @@ def test_attentions_are_fused_and_the_last_trimmed_whichever_inputs_are_scaled(
     monkeypatch.setattr(preparation, "EVERY", 100)
     monkeypatch.setattr(preparation, "LARGE", 0)  # scale every input, also those that this model leaves small
     prepared = preparation.prepare(fp32)
-    graph = onnx_graph.fuse(lab.export_onnx(prepared, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
+    graph = onnx_graph.fuse(onnx_graph.export(prepared, tmp_path), fp32.model.config, tmp_path / "fused.onnx")
     nodes = onnx.load(graph).graph.node
     attentions = [node.output[0] for node in nodes if node.op_type == "Attention"]
     assert len(attentions) == 2
     assert any(node.op_type == "Slice" and node.input[0] == attentions[1] for node in nodes), "one token goes on"
     texts, session = training_texts()[:4], onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    reference = lab.fp32_logits(dataclasses.replace(fp32, model=prepared), texts)
+    reference = dataclasses.replace(fp32, model=prepared).logits(texts)
     for text, expected in zip(texts, reference, strict=True):
         tokens = fp32.encode([text])
         inputs = {item.name: tokens[item.name].numpy() for item in session.get_inputs()}
@@ -77,8 +80,8 @@ def test_a_large_batch_runs_in_parts_that_lose_nothing():
         shapes.append(part["input_ids"].shape)
         return (part["input_ids"] * part["attention_mask"]).sum(axis=1, keepdims=True).astype(np.float32)
 
-    assert np.array_equal(backends.in_parts(run, tokens), run(tokens))
-    assert sum(rows for rows, _ in shapes[:-1]) == 50 and max(rows for rows, _ in shapes[:-1]) <= backends.PART
+    assert np.array_equal(runtimes.in_parts(run, tokens), run(tokens))
+    assert sum(rows for rows, _ in shapes[:-1]) == 50 and max(rows for rows, _ in shapes[:-1]) <= runtimes.PART
     assert sum(rows * width for rows, width in shapes[:-1]) < 1.3 * lengths.sum(), "little of it is padding"
 
 
@@ -86,7 +89,7 @@ def test_padding_on_the_left_stays_as_positions_depend_on_it():
     tokens = {"input_ids": np.tile(np.array([0, 0, 5, 6]), (20, 1))}
     tokens["attention_mask"] = (tokens["input_ids"] > 0).astype(np.int64)
     widths = []
-    backends.in_parts(lambda part: widths.append(part["input_ids"].shape[1]) or part["input_ids"], tokens)
+    runtimes.in_parts(lambda part: widths.append(part["input_ids"].shape[1]) or part["input_ids"], tokens)
     assert set(widths) == {4}
 
 
@@ -94,7 +97,7 @@ def test_batches_give_each_headline_its_own_label(artefact_folder):
     for backend in ("torch", "onnx"):
         built = artefact.load(artefact_folder(backend))
         tokenise = artefact.Tokeniser(built)
-        with backends.open_backend(built) as runtime:
+        with runtimes.open_backend(built) as runtime:
             single = np.concatenate([runtime.logits(tokenise([text])) for text in training_texts()[:40]])
             batch = runtime.logits(tokenise(training_texts()[:40]))
         assert np.abs(batch - single).max() < 0.25 * np.ptp(single)

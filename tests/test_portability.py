@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from conftest import HEADLINES, RECORD_CALLS, ROOT, run_script
 
-from lab04 import artefact, backends, consistency, recheck
+from lab04 import artefact
+from lab04.artefact import contract, sealing
+from lab04.run import runtimes, scores
 
 EXAMPLES = ROOT / "examples"
 INCLUDE = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
@@ -26,10 +28,10 @@ TEXTS = [*ASCII[:3], ASCII[4], "Zürich café naïve", "数字化转型", "ETL: 
 def python_results(folder, texts) -> tuple[list[int], np.ndarray]:
     """Token counts and probabilities [texts, labels] of the same artefact in Python."""
     item = artefact.load(folder)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
     tokens = [tokenise([text]) for text in texts]
     logits = np.concatenate([backend.logits(row) for row in tokens])
-    return [row["input_ids"].shape[1] for row in tokens], consistency.softmax(logits)
+    return [row["input_ids"].shape[1] for row in tokens], scores.softmax(logits)
 
 
 def check_results(output: str, folder, texts) -> None:
@@ -92,12 +94,12 @@ def rechecked(artefact_folder, tmp_path_factory):
     manifest = artefact.load(folder).manifest
     item = artefact.load(artefact_folder("tensorrt"))
     shutil.copy(item.folder / item.manifest["graph"], folder / "second.onnx")
-    files = manifest["files"] | {"second.onnx": artefact.describe_file(folder / "second.onnx")}
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(artefact.load(artefact_folder("onnx")))
-    gaps = np.sort([recheck.gaps(backend.logits(tokenise([text])))[0] for text in TEXTS])
+    files = manifest["files"] | {"second.onnx": contract.describe_file(folder / "second.onnx")}
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(artefact.load(artefact_folder("onnx")))
+    gaps = np.sort([scores.gaps(backend.logits(tokenise([text])))[0] for text in TEXTS])
     middle = len(gaps) // 2
     second = {"graph": "second.onnx", "threshold": float(gaps[middle - 1] + gaps[middle]) / 2}
-    artefact.write_manifest(folder, {**manifest, "files": files, "recheck": second})
+    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": second})
     return folder
 
 
@@ -106,7 +108,7 @@ def test_node_rechecks_as_python_does(node, rechecked):
     assert result.returncode == 0, result.stderr
     check_results(result.stdout, rechecked, TEXTS)
     item = artefact.load(rechecked)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
     expected = []
     for text in TEXTS:
         backend.logits(tokenise([text]))
@@ -234,8 +236,8 @@ def test_triton_gets_an_engine_with_its_own_limits(model_config, artefact_folder
     (folder / "model.plan").write_bytes(b"engine")
     manifest = artefact.load(folder).manifest
     engine = {"gpu": "any", "tensorrt": "11.1", "profile": {"min": [1, 4], "opt": [8, 32], "max": [16, 64]}}
-    files = {**manifest["files"], "model.plan": artefact.describe_file(folder / "model.plan")}
-    artefact.write_manifest(folder, {**manifest, "model_file": "model.plan", "engine": engine, "files": files})
+    files = {**manifest["files"], "model.plan": contract.describe_file(folder / "model.plan")}
+    sealing.write_manifest(folder, {**manifest, "model_file": "model.plan", "engine": engine, "files": files})
     result = write_repository(tmp_path / "models", folder)
     assert result.returncode == 0, result.stderr
     config = model_config(tmp_path / "models" / folder.name / "config.pbtxt")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import HEADLINES, ROOT, run_in_process, run_script
 
-from lab04 import charts, lab
+from lab04 import console
+from lab04.compare import charts, closing_check
 
 CHARTS = [
     "confidence_ai_tutor_program_set.png",
@@ -356,13 +357,13 @@ def test_commands_in_messages_work_as_they_stand(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     monkeypatch.chdir(tmp_path)
     asked = "run pip install -r a.txt && python lab04-nvidia.py; a python of theirs, python3 -m pip install b"
-    assert lab.as_run_here(asked) == (
+    assert console.as_run_here(asked) == (
         "run .venv/bin/python -m pip install -r a.txt && .venv/bin/python lab04-nvidia.py; "
         "a python of theirs, python3 -m pip install b"
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert lab.as_run_here("python -m benchmark") == f"{tmp_path}/.venv/bin/python -m benchmark"
+    assert console.as_run_here("python -m benchmark") == f"{tmp_path}/.venv/bin/python -m benchmark"
 
 
 def test_a_chart_shows_what_any_backend_finds_likely_and_the_right_label():
@@ -375,14 +376,14 @@ def test_a_chart_shows_what_any_backend_finds_likely_and_the_right_label():
 def test_a_build_says_what_it_bought_and_which_headlines_changed(capsys):
     texts, labels = ["Stays", "Changes"], ["a", "b"]
     reference, logits = np.array([[2.0, 0.0], [0.2, 0.0]]), np.array([[1.9, 0.0], [0.0, 0.2]])
-    [changed] = lab.changed_headlines(texts, reference, logits, labels)
+    [changed] = closing_check.changed_headlines(texts, reference, logits, labels)
     score = round(1 / (1 + np.exp(-0.2)), 4)
     assert changed == {
         "text": "Changes",
         "fp32": {"label": "a", "score": score},
         "quantised": {"label": "b", "score": score},
     }
-    lab.print_bought({"speed_up": 4.56, "fp32_ms": 7.31, "ms": 1.6}, [changed], {"headlines": 2})
+    closing_check.print_bought({"speed_up": 4.56, "fp32_ms": 7.31, "ms": 1.6}, [changed], {"headlines": 2})
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "   4.6 times as fast as FP32 PyTorch (7.3 → 1.6 ms), 1 of 2 labels changed",

@@ -24,7 +24,8 @@ BAD = {"null": None, "empty": "  ", "not text: int": 7}  # `error`, and the text
 if not ARTEFACT.exists():
     pytest.skip("no quantised-model-optimum: make lab", allow_module_level=True)
 
-from lab04 import LabError, artefact, backends  # noqa: E402
+from lab04 import LabError, artefact  # noqa: E402
+from lab04.run import runtimes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_every_row_comes_out_once_though_a_machine_is_lost(classify, cluster, tm
     assert all(row["label"] is row["score"] is None for row in rows[-3:])
 
     item = artefact.load(ARTEFACT)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
     logits = np.concatenate([backend.logits(tokenise([text])) for text in training_texts()])
     alone = [item.labels[index] for index in logits.argmax(axis=1)] * 2
     same = np.mean([row["label"] == label for row, label in zip(rows, alone, strict=False)])
@@ -144,7 +145,7 @@ def server(cluster):
 
 def test_one_headline_and_lists_get_the_labels_of_python(server):
     item = artefact.load(ARTEFACT)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
     expected = [item.labels[backend.logits(tokenise([text])).argmax()] for text in HEADLINES]
     assert [post(text)[1]["label"] for text in HEADLINES] == expected
     status, answers = post(HEADLINES)

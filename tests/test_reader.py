@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from lab04 import LabError, headlines
+from lab04 import LabError
+from lab04.read import headlines
 
 LABELS = ["World", "Sports", "Business", "Sci/Tech", "climate"]
 CSV = "text,label\nShares fall,Business\nCup final,Sports\n"

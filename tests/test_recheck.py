@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_in_process
 
-from lab04 import LabError, artefact, backends, classifier, consistency, lab, recheck
-from lab04.backend import Backend
+from lab04 import LabError, artefact
+from lab04.compare import consistency
+from lab04.read import classifier
+from lab04.read.texts import training_headlines
+from lab04.run import recheck, runtimes
+from lab04.run.backend import Backend
 
 
 class Table(Backend):
@@ -72,14 +76,14 @@ def test_second_graph_is_stored_in_fp16_only_where_that_keeps_the_labels(scale, 
     optimum = runpy.run_path(str(ROOT / "lab04-optimum.py"))
     fp32 = classifier.load(model_folder("bert", 9))
     fp32.model.classifier.weight.data *= scale
-    texts = lab.train_texts()[:20]
+    texts = training_headlines()[:20]
     (tmp_path / "scratch").mkdir()
     optimum["write_exact"](fp32, texts, 1, tmp_path / "scratch", tmp_path / "graph.onnx")
     weights_bytes = sum(parameter.nbytes for parameter in fp32.model.parameters())
     stored = (tmp_path / "graph.onnx").stat().st_size / weights_bytes
     assert stored < 0.6 if scale == 1 else stored > 0.8
     assert ("weights stored in FP16\n" in capsys.readouterr().out) == (scale == 1)
-    labels = lab.fp32_logits(fp32, texts).argmax(1).tolist()
+    labels = fp32.logits(texts).argmax(1).tolist()
     assert optimum["find_labels"](tmp_path / "graph.onnx", fp32, texts, 1) == labels
 
 
@@ -90,8 +94,8 @@ def test_size_counts_both_graphs(rechecked):
 
 def test_padded_batch_gets_the_labels_of_single_headlines(rechecked):
     item = artefact.load(rechecked)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
-    exact = backends.OnnxRuntimeBackend(item, 1, rechecked / recheck.GRAPH_FILE)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
+    exact = runtimes.OnnxRuntimeBackend(item, 1, rechecked / recheck.GRAPH_FILE)
     texts = ["Shares fall", "Climate report warns UK cities face extreme flooding by 2030", "AI tutor program"] * 3
     logits, expected = backend.logits(tokenise(texts)), exact.logits(tokenise(texts))
     assert logits.argmax(1).tolist() == expected.argmax(1).tolist()
@@ -116,8 +120,8 @@ def test_damaged_second_graph_or_threshold_is_refused(rechecked, damage, tmp_pat
 
 def test_predict_says_which_headlines_were_rechecked(rechecked, capsys):
     item = artefact.load(rechecked)
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
-    texts = lab.train_texts()[:40]
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
+    texts = training_headlines()[:40]
     expected = []
     for text in texts:
         backend.logits(tokenise([text]))

@@ -23,7 +23,12 @@ from conftest import HEADLINES, ROOT, run_in_process
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lab04 import LabError, artefact, backends, classifier, consistency, lab
+from lab04 import LabError, artefact
+from lab04.artefact import contract, sealing
+from lab04.artefact.folder import building
+from lab04.compare import consistency
+from lab04.read import classifier
+from lab04.run import runtimes, scores
 
 BACKENDS = ["torch", "onnx", "tensorrt"]
 LABS = {"torch": "lab04-torch.py", "onnx": "lab04-optimum.py", "tensorrt": "lab04-nvidia.py"}
@@ -56,7 +61,7 @@ def runners(artefact_folder):
     found = {}
     for name in BACKENDS:
         item = artefact.load(artefact_folder(name))
-        opened = backends.open_fp16_check(item) if name == "tensorrt" else backends.open_backend(item)
+        opened = runtimes.open_fp16_check(item) if name == "tensorrt" else runtimes.open_backend(item)
         found[name] = (artefact.Tokeniser(item), opened)
     return found
 
@@ -69,7 +74,7 @@ def test_any_text_gets_probabilities(runners, model_folder, record_property):
     @example(LONG + HEADLINES + [""])
     @given(st.lists(TEXTS, min_size=EACH, max_size=EACH))
     def property_of_texts(texts):
-        reference = consistency.softmax(lab.fp32_logits(fp32, [artefact.clean(text) for text in texts]))
+        reference = scores.softmax(fp32.logits([artefact.clean(text) for text in texts]))
         best_two = np.sort(reference, axis=1)[:, -2:]
         decided = best_two[:, 1] - best_two[:, 0] >= consistency.DECIDED_MARGIN
         tokens = [[tokenise([text]) for text in texts] for tokenise, _ in runners.values()]
@@ -81,7 +86,7 @@ def test_any_text_gets_probabilities(runners, model_folder, record_property):
             single = np.concatenate([backend.logits(row) for row in tokens[0]])
             padded = backend.logits(tokenise(texts))
             for logits in (single, padded):
-                probabilities = consistency.softmax(logits)
+                probabilities = scores.softmax(logits)
                 assert probabilities.shape == (EACH, 9)
                 np.testing.assert_allclose(probabilities.sum(axis=1), 1)
             agreed[name] += int((single.argmax(1) == reference.argmax(1))[decided].sum())
@@ -160,10 +165,10 @@ def test_file_of_another_artefact_is_refused(copied, artefact_folder):
 
 def test_artefacts_of_other_weights_or_labels_do_not_mix(artefact_folder):
     mine = artefact.load(artefact_folder("torch"))
-    artefact.check_together([mine, artefact.load(artefact_folder("onnx"))])
+    contract.check_together([mine, artefact.load(artefact_folder("onnx"))])
     for other in (artefact_folder("onnx", "bert", 9, 1), artefact_folder("onnx", "distilbert", 2)):
         with pytest.raises(LabError, match="come from different weights"):
-            artefact.check_together([mine, artefact.load(other)])
+            contract.check_together([mine, artefact.load(other)])
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "sub/file", "."])
@@ -173,14 +178,14 @@ def test_manifest_cannot_leave_its_folder(name, copied):
     manifest = artefact.load(copied).manifest
     described = {"bytes": 8, "sha256": "0" * 64}
     with contextlib.suppress(OSError):
-        described = artefact.describe_file(copied / name)
+        described = contract.describe_file(copied / name)
     for change in (
         {"files": {**manifest["files"], name: described}},
         {"files": {**manifest["files"], name: described}, "model_file": name},
         {"model_file": name},
         {"graph": name},
     ):
-        artefact.write_manifest(copied, {**manifest, **change})
+        sealing.write_manifest(copied, {**manifest, **change})
         with pytest.raises(LabError, match="corrupt artefact"):
             artefact.load(copied)
 
@@ -223,7 +228,7 @@ def build_in_fork(tmp_path_factory):
 
 def copy_build(source: Path, output: Path, pause: float = 0) -> None:
     """Write an artefact's files as a lab does, but without computing them."""
-    with artefact.building(output) as folder:
+    with building(output) as folder:
         for path in source.iterdir():
             shutil.copy(path, folder)
             time.sleep(pause)
@@ -429,9 +434,14 @@ def test_code_in_a_model_folder_is_not_run(model_type, model_folder, tmp_path, c
 MEMORY_PROGRAM = """
 import sys
 import psutil
-from lab04 import artefact, backends
+from lab04 import artefact
+from lab04.artefact import contract, sealing
+from lab04.artefact.folder import building
+from lab04.compare import consistency
+from lab04.read import classifier
+from lab04.run import runtimes, scores
 item = artefact.load(sys.argv[1])
-tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
 texts = [f"Headline number {n} " + "with words " * (n % 25) for n in range(1100)]
 for done, text in enumerate(texts):
     if done == 100:  # every length has been seen: buffers have their size

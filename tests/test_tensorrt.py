@@ -13,8 +13,14 @@ import pytest
 import stand_in_device
 from conftest import ROOT, check_few_headlines, run_in_process
 
-from lab04 import LabError, artefact, backends, classifier, consistency, lab, tensorrt_build, tensorrt_engine
-from lab04.backend import Unavailable
+from lab04 import LabError, artefact, console
+from lab04.artefact import contract, sealing
+from lab04.compare import consistency
+from lab04.quantise import onnx_graph, tensorrt_build
+from lab04.read import classifier
+from lab04.read.texts import held_out_headlines
+from lab04.run import runtimes, tensorrt_engine
+from lab04.run.backend import Unavailable
 
 SCRIPT = "lab04-nvidia.py"
 SOURCES = list((ROOT / "lab04").glob("tensorrt_*.py"))
@@ -60,7 +66,7 @@ def device(monkeypatch):
 
 def long_texts() -> list[str]:
     """Texts of 1 to 128 tokens and beyond."""
-    texts = lab.test_texts()
+    texts = held_out_headlines()
     return [" ".join(texts[start : start + count]) for start in range(0, 60, 5) for count in (1, 2, 4, 20)]
 
 
@@ -86,7 +92,7 @@ def test_the_graph_gives_fp32_logits_padded_or_not(minilm, size):
     built, fp32 = minilm
     tokenise, texts = artefact.Tokeniser(built), long_texts()
     longest = 0
-    with backends.open_fp16_check(built) as backend:
+    with runtimes.open_fp16_check(built) as backend:
         for start in range(0, len(texts), size):
             tokens = tokenise(texts[start : start + size])
             longest = max(longest, tokens["input_ids"].shape[1])
@@ -110,10 +116,10 @@ def test_the_graph_is_fp16_where_it_should_be(minilm):
 
 def test_a_swapped_input_is_noticed_by_the_logits(graph_artefact, fp32):
     """The original lab bound attention_mask and token_type_ids in each other's place; labels alone may not tell."""
-    tokens = artefact.Tokeniser(graph_artefact)(lab.test_texts()[:32])
+    tokens = artefact.Tokeniser(graph_artefact)(held_out_headlines()[:32])
     swapped = {**tokens, "attention_mask": tokens["token_type_ids"], "token_type_ids": tokens["attention_mask"]}
     check_logits = runpy.run_path(str(ROOT / SCRIPT))["check_logits"]
-    with backends.open_fp16_check(graph_artefact) as backend:
+    with runtimes.open_fp16_check(graph_artefact) as backend:
         check_logits(fp32_logits(fp32, tokens), backend.logits(tokens), "as it is")
         with pytest.raises(LabError, match="check failed"):
             check_logits(fp32_logits(fp32, tokens), backend.logits(swapped), "swapped")
@@ -152,7 +158,7 @@ def test_tensorrt_rtx_builds_the_graph_as_fp16(minilm, capsys):
 def test_an_fp32_graph_is_refused_before_the_build(fp32, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: make test installs it")
     log = tensorrt_engine.make_logger(trt)
-    network, _parser = tensorrt_build.parse(trt, trt.Builder(log), lab.export_onnx(fp32.model, tmp_path), log)
+    network, _parser = tensorrt_build.parse(trt, trt.Builder(log), onnx_graph.export(fp32.model, tmp_path), log)
     with pytest.raises(LabError, match=r"0 of \d+ matrix products in FP16"):
         tensorrt_build.check_network(trt, network, fp32.input_names)
 
@@ -182,8 +188,8 @@ def test_tensors_are_bound_by_name(graph_artefact, fp32, monkeypatch, tmp_path, 
     """Whatever order an engine lists its tensors in; whichever TensorRT counts its flags."""
     machine = stand_in_device.install(monkeypatch, version=version, input_order=order)
     built = build_here(graph_artefact, tmp_path)
-    tokens = artefact.Tokeniser(built)(lab.test_texts()[:8])
-    with backends.open_backend(built) as backend:
+    tokens = artefact.Tokeniser(built)(held_out_headlines()[:8])
+    with runtimes.open_backend(built) as backend:
         assert_close(fp32_logits(fp32, tokens), backend.logits(tokens))
     assert machine.everything_freed()
 
@@ -198,8 +204,8 @@ def build_here(graph_artefact, folder: Path, profile=PROFILE) -> artefact.Artefa
         folder / "model_fp16.onnx", engine_file, names, profile, folder.parent / "cache", None
     )
     manifest = {**graph_artefact.manifest, "engine": engine, "model_file": engine_file.name}
-    manifest["files"] = {**manifest["files"], engine_file.name: artefact.describe_file(engine_file)}
-    artefact.write_manifest(folder, manifest)
+    manifest["files"] = {**manifest["files"], engine_file.name: contract.describe_file(engine_file)}
+    sealing.write_manifest(folder, manifest)
     return artefact.load(folder)
 
 
@@ -207,7 +213,7 @@ def build_here(graph_artefact, folder: Path, profile=PROFILE) -> artefact.Artefa
 def test_the_engine_gives_fp32_logits_and_splits_large_batches(engine_folder, fp32, device, size):
     built = artefact.load(engine_folder)
     tokens = artefact.Tokeniser(built)(long_texts()[:size])
-    with backends.open_backend(built) as backend:
+    with runtimes.open_backend(built) as backend:
         assert_close(fp32_logits(fp32, tokens), backend.logits(tokens))
         assert 0 < backend.compute_ms <= backend.end_to_end_ms
     assert [rows for rows, _ in device.launches] == [32] * (size // 32) + [size % 32] * bool(size % 32)
@@ -216,7 +222,7 @@ def test_the_engine_gives_fp32_logits_and_splits_large_batches(engine_folder, fp
 def test_buffers_are_allocated_once(engine_folder, device):
     built = artefact.load(engine_folder)
     tokenise = artefact.Tokeniser(built)
-    with backends.open_backend(built) as backend:
+    with runtimes.open_backend(built) as backend:
         before = set(device.memory), set(device.pinned)
         first = backend.logits(tokenise(long_texts()[:1])).copy()
         kept = backend.logits(tokenise(long_texts()[:1]))
@@ -239,8 +245,8 @@ def test_buffers_are_allocated_once(engine_folder, device):
 )
 def test_wrong_requests_are_refused_and_leave_the_engine_usable(engine_folder, device, change, message):
     built = artefact.load(engine_folder)
-    tokens = artefact.Tokeniser(built)(lab.test_texts()[:2])
-    with backends.open_backend(built) as backend:
+    tokens = artefact.Tokeniser(built)(held_out_headlines()[:2])
+    with runtimes.open_backend(built) as backend:
         expected = backend.logits(tokens)
         with pytest.raises(LabError, match=message):
             backend.logits(change(tokens))
@@ -249,10 +255,10 @@ def test_wrong_requests_are_refused_and_leave_the_engine_usable(engine_folder, d
 
 def test_a_failing_launch_leaves_no_context_behind(engine_folder, device):
     built = artefact.load(engine_folder)
-    tokens = artefact.Tokeniser(built)(lab.test_texts()[:1])
+    tokens = artefact.Tokeniser(built)(held_out_headlines()[:1])
     outer = stand_in_device.Device(0).retain_primary_context()
     outer.push()  # as a PyTorch in the same thread would
-    with backends.open_backend(built) as backend:
+    with runtimes.open_backend(built) as backend:
         with pytest.raises(LabError, match="CUDA failed .*illegal memory access.*--check"):
             backend.logits({**tokens, "input_ids": tokens["input_ids"] + 10**9})
         assert device.current == [outer]
@@ -262,14 +268,14 @@ def test_a_failing_launch_leaves_no_context_behind(engine_folder, device):
 
 def test_closing_twice_or_not_at_all_frees_everything(engine_folder, device):
     built = artefact.load(engine_folder)
-    tokens = artefact.Tokeniser(built)(lab.test_texts()[:1])
-    backend = backends.open_backend(built)
+    tokens = artefact.Tokeniser(built)(held_out_headlines()[:1])
+    backend = runtimes.open_backend(built)
     backend.close()
     backend.close()
     assert device.everything_freed()
     with pytest.raises(LabError, match="closed"):
         backend.logits(tokens)
-    backends.open_backend(built)  # dropped without close
+    runtimes.open_backend(built)  # dropped without close
 
 
 # The runtime's steps, left out or done wrong one at a time. The stand-in, or the check against FP32, must notice.
@@ -312,7 +318,7 @@ def run_runtime(source: str, folder: Path, fp32, machine) -> None:
     module = {"__name__": "runtime"}
     exec(compile(source, "runtime", "exec"), module)
     built = artefact.load(folder)
-    tokens = artefact.Tokeniser(built)(lab.test_texts()[:8])
+    tokens = artefact.Tokeniser(built)(held_out_headlines()[:8])
     with module["TensorRTBackend"](built) as backend:
         for batch in (tokens, {name: ids[:1] for name, ids in tokens.items()}):
             assert_close(fp32_logits(fp32, batch), backend.logits(batch))
@@ -542,7 +548,7 @@ def test_a_missing_library_is_one_line(engine_folder, device, monkeypatch, modul
 
 def refuses_to_open(folder: Path, message: str) -> None:
     with pytest.raises(Unavailable) as raised:
-        backends.open_backend(artefact.load(folder))
+        runtimes.open_backend(artefact.load(folder))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -581,8 +587,8 @@ def reseal(folder: Path, tmp_path: Path, engine: bytes | None = None, labels: in
         config = json.loads((copy / "config.json").read_text())
         config["id2label"] = {str(index): f"label {index}" for index in range(labels)}
         (copy / "config.json").write_text(json.dumps(config))
-    manifest["files"] = {name: artefact.describe_file(copy / name) for name in manifest["files"]}
-    artefact.write_manifest(copy, manifest)
+    manifest["files"] = {name: contract.describe_file(copy / name) for name in manifest["files"]}
+    sealing.write_manifest(copy, manifest)
     return copy
 
 
@@ -600,7 +606,7 @@ def test_a_truncated_engine_is_one_line(engine_folder, device, tmp_path):
 
 def test_another_number_of_labels_is_one_line(engine_folder, device, tmp_path):
     with pytest.raises(LabError, match="the engine gives 9 scores for 7 labels: run python lab04-nvidia.py"):
-        backends.open_backend(artefact.load(reseal(engine_folder, tmp_path, labels=7)))
+        runtimes.open_backend(artefact.load(reseal(engine_folder, tmp_path, labels=7)))
 
 
 @pytest.mark.parametrize(
@@ -637,7 +643,7 @@ def test_without_a_gpu_the_graph_is_written_and_the_code_is_3(
     assert error.startswith("lab04-nvidia.py: no engine here: no NVIDIA driver")
     assert "python lab04-nvidia.py" in error
     assert error.count("\n") == 1
-    assert out.splitlines()[-2:] == [f"Wrote {output}", lab.as_run_here("Next: python predict.py")]
+    assert out.splitlines()[-2:] == [f"Wrote {output}", console.as_run_here("Next: python predict.py")]
     built = artefact.load(output)
     assert built.model_file.name == "model_fp16.onnx"
     assert built.manifest["engine"] is None

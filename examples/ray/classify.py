@@ -32,8 +32,11 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
-from lab04 import ROOT, LabError, artefact, backends, lab
-from lab04.consistency import softmax
+from lab04 import ROOT, LabError, artefact, console, options
+from lab04.artefact import contract
+from lab04.run import runtimes
+from lab04.run.backend import Backend
+from lab04.run.scores import softmax
 
 JSON_LINES = (".jsonl", ".json")
 BATCH = 256  # headlines a call: sorted by length there, so that the more there are, the less padding is computed
@@ -66,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     add("output", type=Path, metavar="OUTPUT", help="folder to write; must not exist")
     add("--artefact", type=Path, default=ROOT / "quantised-model-optimum", help="default: quantised-model-optimum")
     add("--column", default="text", help="column of the headlines (default: %(default)s)")
-    add("--workers", type=lab.positive, help="processes of one thread each (default: one a core of the cluster)")
-    add("--batch-size", type=lab.positive, default=BATCH, help="headlines a call (default: %(default)s)")
+    add("--workers", type=options.positive, help="processes of one thread each (default: one a core of the cluster)")
+    add("--batch-size", type=options.positive, default=BATCH, help="headlines a call (default: %(default)s)")
     add("--probabilities", action="store_true", help="one more column for each label")
     return parser.parse_args()
 
@@ -87,7 +90,7 @@ def connect() -> None:
 
 def ship(item: artefact.Artefact) -> dict:
     """What a worker needs to run an artefact exactly as here: its files, its hash, the version of its runtime."""
-    names = [*item.manifest["files"], artefact.MANIFEST]
+    names = [*item.manifest["files"], contract.MANIFEST]
     return {
         "files": {name: (item.folder / name).read_bytes() for name in names},
         "sha256": item.manifest["sha256"],
@@ -95,7 +98,7 @@ def ship(item: artefact.Artefact) -> dict:
     }
 
 
-def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, backends.Backend]:
+def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, Backend]:
     """Open what `ship` packed. Raises LabError if the artefact or its runtime's version is another than there."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in shipped["files"].items():
@@ -106,7 +109,7 @@ def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, 
             raise LabError(f"worker on {os.uname().nodename} has another artefact than was sent")
         if here != wanted:
             raise LabError(f"worker on {os.uname().nodename} has {item.backend} {here}, not {wanted} as here")
-        return item, artefact.Tokeniser(item), backends.open_backend(item, threads=1)
+        return item, artefact.Tokeniser(item), runtimes.open_backend(item, threads=1)
 
 
 class Worker:
@@ -237,4 +240,4 @@ def write(dataset, output: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

@@ -22,7 +22,10 @@ import classify  # beside this file
 import numpy as np
 import psutil
 
-from lab04 import ROOT, LabError, artefact, backends, charts, lab
+from lab04 import ROOT, LabError, artefact, console, options
+from lab04.compare import charts
+from lab04.read.texts import held_out_headlines
+from lab04.run import runtimes
 
 HERE = Path(__file__).resolve().parent
 PORT = 18_473
@@ -37,11 +40,11 @@ BEGIN, END = "<!-- figures: examples/ray/measure.py -->\n", "<!-- end of figures
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hardware", help="name of the machine, as in results/")
-    parser.add_argument("--headlines", type=lab.positive, default=1_000_000, help="default: %(default)s")
+    parser.add_argument("--headlines", type=options.positive, default=1_000_000, help="default: %(default)s")
     parser.add_argument(
-        "--requests", type=lab.positive, default=100_000, help="of the memory run; default: %(default)s"
+        "--requests", type=options.positive, default=100_000, help="of the memory run; default: %(default)s"
     )
-    parser.add_argument("--seconds", type=lab.positive, default=20, help="of each load; default: %(default)s")
+    parser.add_argument("--seconds", type=options.positive, default=20, help="of each load; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     folder = ROOT / "results" / f"{arguments.hardware}-serving"
@@ -73,9 +76,9 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def measure_files(folder: Path, count: int) -> dict:
     """Headlines/s of one process and of classify.py with one and two workers; labels that batching changed."""
-    known = lab.test_texts()
+    known = held_out_headlines()
     item = artefact.load(ROOT / "quantised-model-optimum")
-    tokenise, backend = artefact.Tokeniser(item), backends.open_backend(item)
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
     alone = {text: item.labels[backend.logits(tokenise([text])).argmax()] for text in known}
     rates = {batch: one_process(backend, tokenise, known * 4, batch) for batch in BATCHES}
     best = max(rates, key=rates.get)
@@ -116,7 +119,7 @@ def measure_serving(folder: Path, seconds: int, requests: int) -> dict:
     """Requests/s, p50 and p99 at rising concurrency; the replica's memory over many requests."""
     script, several = folder / "one.lua", folder / "several.lua"
     script.write_text(SCRIPT.format(body=json.dumps(HEADLINE)))
-    several.write_text(SCRIPT.format(body=json.dumps(lab.test_texts()[:LIST])))
+    several.write_text(SCRIPT.format(body=json.dumps(held_out_headlines()[:LIST])))
     command = [sys.executable, HERE / "serve.py", "--port", str(PORT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -224,4 +227,4 @@ def figures(result: dict, name: str) -> str:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

@@ -20,8 +20,9 @@ import ray
 from ray import serve
 from starlette.responses import JSONResponse
 
-from lab04 import ROOT, artefact, lab
-from lab04.consistency import softmax
+from lab04 import ROOT, artefact, console
+from lab04.options import positive
+from lab04.run.scores import softmax
 
 MAX_BATCH = 32
 MAX_WAIT_S = 0.002  # a headline waits no longer for others; about what one prediction takes
@@ -85,10 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--artefact", type=Path, default=ROOT / "quantised-model-optimum", help="default: quantised-model-optimum")
-    add("--replicas", type=lab.positive, default=1, help="processes of one thread each (default: %(default)s)")
-    add("--queue", type=lab.positive, default=MAX_TAKEN, help="requests a replica takes (default: %(default)s)")
+    add("--replicas", type=positive, default=1, help="processes of one thread each (default: %(default)s)")
+    add("--queue", type=positive, default=MAX_TAKEN, help="requests a replica takes (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
-    add("--port", type=lab.positive, default=8000, help="default: %(default)s")
+    add("--port", type=positive, default=8000, help="default: %(default)s")
     arguments = parser.parse_args()
     item = artefact.load(arguments.artefact)
     ray.cloudpickle.register_pickle_by_value(classify)  # the replicas' machines have no such file
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

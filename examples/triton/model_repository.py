@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
-from lab04 import ROOT, LabError, artefact, lab
+from lab04 import ROOT, LabError, artefact, console
 
 ARTEFACTS = [ROOT / "quantised-model-optimum", ROOT / "quantised-model-tensorrt"]
 QUEUE_MICROSECONDS = 500  # how long a headline may wait for others; less than one prediction takes
@@ -41,7 +41,7 @@ dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=lab.first_line(__doc__))
+    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
     parser.add_argument("--artefacts", nargs="+", type=Path, metavar="FOLDER", help="default: the lab's ONNX and FP16")
     parser.add_argument("--output", type=Path, default=Path("model-repository"), help="default: %(default)s")
     arguments = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
         for item in artefacts:
             name = item.folder.resolve().name
             write_model(item, item.model_file, arguments.output / name)
-            if item.rechecks:
+            if "recheck" in item.options:
                 recheck = item.manifest["recheck"]
                 write_model(item, item.folder / recheck["graph"], arguments.output / f"{name}-recheck")
                 print(
@@ -102,4 +102,4 @@ def triton_form(item: artefact.Artefact) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    lab.run(main)
+    console.run(main)

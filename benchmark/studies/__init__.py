@@ -1,0 +1,1 @@
+"""What is measured now and then, each with a command of its own."""
