@@ -41,6 +41,7 @@ SHOWN = {"loss": "loss", "eval_macro_f1": "dev macro-F1"}  # of what the Trainer
 LAST_LAYER = tuple(
     f"classifier.modules_to_save.default.{name}" for name in ("weight", "bias", "out_proj.weight", "out_proj.bias")
 )
+OF_NO_SEED = ("resume", "seeds", "one_seed")  # options that a seed's weights do not depend on
 SEED_WEIGHTS, SEED_RECORD = "weights.safetensors", "record.json"  # what a finished seed leaves in its folder
 
 
@@ -49,11 +50,11 @@ def main() -> None:
 
     arguments = parse_arguments()
     torch.set_num_threads(1)  # so results repeat, and several seeds share the cores
-    data = Data(arguments)
     if arguments.one_seed:
-        train_seed(arguments, data, arguments.one_seed)
+        train_seed(arguments, Data(arguments), arguments.one_seed)
         return
     folder.check_output(arguments.output, model_files.ADAPTER_CONFIG)
+    data = Data(arguments)
     prepare_checkpoints(arguments)
     print(f"{len(data.train)} training texts, {len(data.labels)} labels, base {arguments.base}")
     records = train_seeds(arguments, data)
@@ -105,13 +106,13 @@ def build_network(base: str, labels: list[str], rank: int = RANK):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     set_seed(0)
-    folder = model_files.find_base(base)
+    source = model_files.find_base(base)
     names = dict(enumerate(labels))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
         with quiet_logging():
             network = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=len(labels), id2label=names, label2id={name: index for index, name in names.items()}
+                source, num_labels=len(labels), id2label=names, label2id={name: index for index, name in names.items()}
             )
     except (OSError, ValueError) as error:
         raise LabError(f"cannot load the base {base}: {said(error)}") from error
@@ -137,10 +138,10 @@ def seed_folder(arguments: argparse.Namespace, seed: int) -> Path:
 def prepare_checkpoints(arguments: argparse.Namespace) -> None:
     """Empty the checkpoints' folder, or with --resume check that it holds some of a run with the same options."""
     place = seed_folder(arguments, 1).parent
-    chosen = {name: str(value) for name, value in vars(arguments).items() if name not in ("resume", "seeds")}
+    chosen = {name: str(value) for name, value in vars(arguments).items() if name not in OF_NO_SEED}
     record = place / "options.json"
     if arguments.resume:
-        if not any(place.glob("seed-*/*")):
+        if not record.exists() or not any(place.glob("seed-*/*")):
             raise LabError(f"nothing to resume: {place} holds no finished epoch. Run it without --resume")
         if json.loads(record.read_text(encoding="utf-8")) != chosen:
             raise LabError(f"{place} is of a run with other options: {record} has them. Run it without --resume")
