@@ -81,6 +81,8 @@ def print_summary(runners: list[Runner], tokenise_ms: float, headlines: int, run
     checked = {checked_on(runner.artefact): runner.name for runner in runners}
     on = "; ".join(f"{what} ({name})" if len(checked) > 1 else what for what, name in checked.items())
     print(f"* labels as the FP32 weights', and times as fast as they are in PyTorch: measured when built, on {on}")
+    if any(runner.artefact.manifest["check"].get("busy") for runner in runners):
+        print("? other programs ran while that was measured: build it again on a quiet machine")
     for runner in runners:
         if runner.backend.rechecked is not None:
             print(f"{runner.name}: {runner.rechecked / headlines:.1%} of the headlines ran again in its second graph")
@@ -95,7 +97,7 @@ def checked_on(artefact: Artefact) -> str:
 
 
 def summary_row(runner: Runner) -> tuple[str, ...]:
-    manifest = runner.artefact.manifest
+    manifest, check = runner.artefact.manifest, runner.artefact.manifest["check"]
     p50, p95 = np.percentile(runner.times_ms, (50, 95))
     per_second = 1e3 / np.mean(runner.times_ms)
     times = (
@@ -111,6 +113,8 @@ def summary_row(runner: Runner) -> tuple[str, ...]:
         "–" if runner.reason and graph is None else f"{runner.artefact.model_mb:.1f}",
         *times,
         f"{runner.correct} of {runner.labelled}" if runner.labelled else "–",
-        f"{manifest['check']['agreement']:.1%}",
-        "–" if runner.reason or "speed_up" not in manifest["check"] else f"{manifest['check']['speed_up']:.1f}",
+        f"{check['agreement']:.1%}",
+        "–"
+        if runner.reason or "speed_up" not in check
+        else f"{check['speed_up']:.1f}" + "?" * check.get("busy", False),
     )

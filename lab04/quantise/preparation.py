@@ -171,6 +171,7 @@ def round_weights(network, batches: list[dict]) -> None:
     of which only the second moments are used. Method: Frantar et al., "GPTQ", arXiv:2210.17323, here with 7 bits and
     one scale a row.
     """
+    from tqdm import tqdm
 
     moments: dict = {}
 
@@ -179,7 +180,8 @@ def round_weights(network, batches: list[dict]) -> None:
         moments[module] = moments.get(module, 0) + rows.T @ rows
 
     observe(network, batches, add_moments)
-    for module, moment in moments.items():
+    # A BERT-base takes minutes: a bar on a terminal, nothing elsewhere.
+    for module, moment in tqdm(moments.items(), "   rounding", unit=" matrices", disable=None, leave=False):
         module.weight.data = round_matrix(module.weight.data, moment)
 
 

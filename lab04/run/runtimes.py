@@ -34,8 +34,7 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
 
     Raises `backend.Unavailable` if its library or device is not here, LabError if it answers otherwise than FP32 did.
     """
-    make = CompiledBackend if "this-cpu" in artefact.options else BACKENDS[artefact.backend]
-    backend = make(artefact, threads)
+    backend = open_runtime(artefact, threads)
     if recheck := artefact.manifest.get("recheck"):
         exact = OnnxRuntimeBackend(artefact, threads, artefact.folder / recheck["graph"])
         backend = RecheckedBackend(backend, exact, recheck["threshold"])
@@ -45,6 +44,15 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
         backend.close()
         raise
     return backend
+
+
+def open_runtime(artefact: Artefact, threads: int) -> Backend:
+    """The runtime of an artefact's own model, without the graph that may recheck it."""
+    if "this-cpu" in artefact.options:
+        from lab04.run.int8_engine import Int8EngineBackend
+
+        return Int8EngineBackend(artefact, threads)
+    return BACKENDS[artefact.backend](artefact, threads)
 
 
 def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
@@ -98,17 +106,13 @@ class TorchBackend(Backend):
 
         self._torch = torch
         torch.set_num_threads(threads)
-        self._module = self.load(artefact)
+        # By where it is opened, not by where it was built: the packed weights are the same for every engine.
+        supported = torch.backends.quantized.supported_engines
+        torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
+        with quiet_stderr():
+            self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
         self._names = artefact.manifest["tokenizer"]["inputs"]
         self._check = OutputCheck(artefact)
-
-    def load(self, artefact: Artefact):
-        """The callable that takes token tensors in the order of the artefact's inputs and gives logits."""
-        # By where it is opened, not by where it was built: the packed weights are the same for every engine.
-        supported = self._torch.backends.quantized.supported_engines
-        self._torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
-        with quiet_stderr():
-            return self._torch.jit.load(str(artefact.model_file), map_location="cpu")
 
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
@@ -117,15 +121,6 @@ class TorchBackend(Backend):
     def _run(self, tokens: Tokens) -> np.ndarray:
         with self._torch.inference_mode():
             return self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names)).numpy()
-
-
-class CompiledBackend(TorchBackend):
-    """INT8 compiled for one kind of processor (lab04/run/this_cpu.py)."""
-
-    def load(self, artefact: Artefact):
-        from lab04.run import this_cpu
-
-        return this_cpu.load(artefact)
 
 
 class OnnxRuntimeBackend(Backend):
