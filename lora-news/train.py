@@ -29,7 +29,7 @@ from lab04 import LabError, console, options, said  # noqa: E402
 from lab04.artefact import folder  # noqa: E402
 from lab04.console import quiet_logging  # noqa: E402
 from lab04.read import classifier, model_files  # noqa: E402
-from lab04.run import this_cpu  # noqa: E402
+from lab04.run import int8_engine  # noqa: E402
 
 MAX_LENGTH = 64  # tokens; the longest headline of our files has fewer than 50
 
@@ -277,7 +277,7 @@ def build_trainer(arguments, network, tokenizer, data: Data, seed: int):
         dataloader_pin_memory=gpu,
         use_cpu=not gpu,
         # Where the processor multiplies them in half the time; weights and their updates stay FP32.
-        bf16=not gpu and "avx512_bf16" in this_cpu.describe()["flags"],
+        bf16=not gpu and "avx512_bf16" in int8_engine.processor_flags(),
     )
     trainer = HeadlineTrainer(
         model=network,
