@@ -1,6 +1,5 @@
 """Static INT8: a headline's answer is its own, whatever stands beside it in a batch, and however that is padded."""
 
-
 import numpy as np
 import pytest
 from conftest import check_few_headlines, copy_model, run_in_process, training_texts
@@ -41,6 +40,12 @@ def onnx_static(request, built):
     return backend, tokenise, np.concatenate([single.logits(tokenise([text])) for text in TEXTS])
 
 
+@pytest.fixture(scope="module")
+def torch_static(built):
+    item = artefact.load(built("lab04-torch.py", "--static"))
+    return runtimes.open_backend(item), artefact.Tokeniser(item)
+
+
 def fill_up(tokens: dict, left: bool, more: int) -> dict:
     """A batch with `more` columns of padding, every row of it at one end."""
     width = tokens["input_ids"].shape[1] + more
@@ -70,9 +75,8 @@ def test_the_graph_itself_keeps_them_in_any_language(onnx_static, chosen, more):
 
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(POOL, min_size=1, max_size=64), left=st.booleans(), more=st.integers(0, 5))
-def test_torch_keeps_the_label_and_nearly_the_logits(built, chosen, left, more):
-    item = artefact.load(built("lab04-torch.py", "--static"))
-    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
+def test_torch_keeps_the_label_and_nearly_the_logits(torch_static, chosen, left, more):
+    backend, tokenise = torch_static
     alone = np.concatenate([backend.logits(tokenise([TEXTS[index]])) for index in chosen])
     moved = backend.logits(fill_up(tokenise([TEXTS[index] for index in chosen]), left, more)) - alone
     assert np.abs(moved).max() <= 0.15
