@@ -6,8 +6,11 @@ Reads lora-news/adapter (or --model) and writes quantised-model-optimum/: one ON
 ONNX Runtime can serve, on AVX2 and VNNI machines alike. `--keep-fp32` keeps the exported FP32 graph beside it.
 """
 
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
 
 from lab04 import in_one_line, labs, options
 from lab04.artefact import folder, rebuilding, sealing

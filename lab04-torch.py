@@ -7,8 +7,11 @@ loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled
 of one C++ file, compiled for this processor: about twice as fast, and good for no other kind.
 """
 
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
 
 from lab04 import in_one_line, labs, options
 from lab04.artefact import folder, rebuilding, sealing

@@ -277,8 +277,9 @@ def refused(capsys, tmp_path):
         ({"problem_type": "multi_label_classification"}, "multi-label"),
         ({"problem_type": "regression"}, "regression"),
         ({"id2label": {"0": "only"}}, "at least 2"),
-        ({"model_type": "gpt2"}, "missing"),  # none of its weights are there
-        ({"model_type": "vit"}, "no sequence classifier"),
+        ({"model_type": "gpt2", "architectures": None}, "continue texts"),
+        ({"model_type": "bert", "architectures": None}, "does not know"),  # the settings of DistilBERT
+        ({"model_type": "vit", "architectures": None}, "no sequence classifier"),
         ({"model_type": "no such type"}, "cannot load"),
         ({"id2label": {str(i): f"topic {i}" for i in range(3)}}, "cannot load"),  # the head has two rows
     ],

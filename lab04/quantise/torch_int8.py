@@ -4,6 +4,7 @@ import copy
 import platform
 import warnings
 
+from lab04 import LabError
 from lab04.quantise import preparation
 from lab04.read.classifier import Classifier
 from lab04.run import runtimes
@@ -114,9 +115,16 @@ def give_logits(quantised, fp32: Classifier) -> tuple:
 
 
 def freeze(quantised, fp32: Classifier) -> bytes:
-    """The archive of a quantised network in frozen TorchScript, right for any batch size and length."""
+    """The archive of a quantised network in frozen TorchScript, right for any batch size and length.
+
+    Raises LabError if its code takes another way the second time it is run, as no recording can.
+    """
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer notices about shapes; the closing check covers other shapes
-        return torch.jit.freeze(torch.jit.trace(*give_logits(quantised, fp32))).save_to_buffer()
+        try:
+            return torch.jit.freeze(torch.jit.trace(*give_logits(quantised, fp32))).save_to_buffer()
+        except torch.jit.TracingCheckError as error:
+            kind = fp32.model.config.model_type
+            raise LabError(f"PyTorch cannot record a {kind!r} network: try python lab04-optimum.py") from error
