@@ -80,6 +80,7 @@ def summarise(journal: Journal) -> dict:
                 row["consistency"] = measures.consistency(logits[REFERENCE], logits[name], truth)
                 row["changed_gaps"] = gaps[logits[name].argmax(axis=1) != logits[REFERENCE].argmax(axis=1)].tolist()
             [entry] = journal.find("logits", id=name)
+            row |= {key: entry[key] for key in ("batch_changed", "batch_max_change") if key in entry}
             if "rechecked" in entry:
                 row["rechecked"] = entry["rechecked"] / len(truth)
         row["latency"] = summarise_latency(journal, name)

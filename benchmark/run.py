@@ -11,7 +11,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from benchmark import environment, results
+from benchmark.measures import batch_change
 from benchmark.process import Process
 from lab04 import ROOT, LabError, artefact, labs
 from lab04.artefact import contract
@@ -21,6 +24,8 @@ from lab04.run.backend import Unavailable
 ARTEFACTS = [ROOT / lab.folder for lab in labs.LABS]
 # Measured if they are there: what a lab's options make, in a folder of the lab's name and theirs.
 VARIANTS = [ROOT / "-".join((lab.folder, *options)) for lab in labs.LABS for options in lab.shown if options]
+
+NEIGHBOURS = 32  # headlines of a batch in which a label is compared with the one alone
 
 # --- How much is measured ---------------------------------------------------------------------------------
 FULL = {
@@ -157,14 +162,19 @@ class Run:
                 self.journal.append("backend", id=name, **facts)
 
     def measure_quality(self) -> None:
-        """Logits of every backend for all headlines, one at a time as `predict.py` runs them."""
+        """Logits of every backend for all headlines, alone as `predict.py` runs them, then among random neighbours."""
+        order = random.Random(self.seed).sample(range(len(self.quality_texts)), len(self.quality_texts))
+        mixed = [self.quality_texts[index] for index in order]
         for name in progress(
             [name for name in self.alive() if not self.journal.find("logits", id=name)], "   backends"
         ):
             try:
                 with self.process(name, self.threads[0]) as worker:
                     self.open(worker, name, self.threads[0])
-                    self.journal.append("logits", id=name, **worker.ask("logits", texts=self.quality_texts))
+                    answer = worker.ask("logits", texts=self.quality_texts)
+                    batched = worker.ask("batch_logits", texts=mixed, batch=NEIGHBOURS)["logits"]
+                    alone = np.array(answer["logits"])[order]
+                    self.journal.append("logits", id=name, **answer, **batch_change(alone, np.array(batched)))
             except LabError as error:
                 self.fail(name, error)
 

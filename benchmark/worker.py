@@ -73,6 +73,12 @@ class Worker:
         answer = {"logits": np.stack(rows).round(6).astype(float).tolist()}
         return answer | ({"rechecked": sum(rechecked)} if rechecked else {})
 
+    def batch_logits(self, texts: list[str], batch: int) -> dict:
+        """Logits [texts, labels] in padded batches of neighbouring texts."""
+        batches = [self._tokenise(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+        logits = np.concatenate([self._backend.logits(tokens) for tokens in batches])
+        return {"logits": logits.round(6).astype(float).tolist()}
+
     def latency(self, texts: list[str], warm_ups: int) -> dict:
         """Milliseconds of each headline on its own, after some untimed ones; token ids are ready before the clock."""
         batches = [self._tokenise([text]) for text in texts]

@@ -73,6 +73,7 @@ def test_quick_run_measures_everything(quick_run):
     assert list(measured["backends"])[:4] == ["fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8"]
     for name in list(measured["backends"])[:4]:
         row = measured["backends"][name]
+        assert 0 <= row["batch_changed"] <= row["quality"]["headlines"] and row["batch_max_change"] >= 0
         assert row["reason"] is None
         assert row["quality"]["headlines"] == 40
         speed = row["latency"]["1"]
