@@ -11,7 +11,7 @@ BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
 unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,9 @@ bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
 
 bench-families: .venv/installed ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families
+
+bench-file: lab ## a million headlines through predict.py --csv, on one core and on all: half an hour
+	$(RUN) -m benchmark.studies.million
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme

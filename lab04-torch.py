@@ -1,4 +1,4 @@
-"""Lab 1 of 3: PyTorch dynamic INT8 on the CPU.
+"""Lab 1 of 3: PyTorch INT8 on the CPU: dynamic, or with --static.
 
     python lab04-torch.py                        # about 15 seconds on two cores
 
@@ -34,7 +34,10 @@ def main() -> None:
         action="store_true",
         help="with --this-cpu: also write the graph for what INT8 leaves open",
     )
+    options.add_static(parser)
     arguments = parser.parse_args()
+    if arguments.static and arguments.this_cpu:
+        parser.error("--this-cpu takes a scale a row, which no neighbour changes: leave out --static")
     if arguments.recheck and not arguments.this_cpu:
         parser.error("--recheck goes with --this-cpu; lab04-optimum.py has one of its own")
     chosen = texts.choose(arguments)
@@ -48,6 +51,7 @@ def main() -> None:
     print("2. Prepare: even out the inputs, round weights so that their errors cancel")
     prepared = preparation.prepare(fp32, chosen.prepare)
 
+    facts: dict
     with folder.building(arguments.output) as built, tempfile.TemporaryDirectory() as scratch:
         if arguments.this_cpu:
             print("3. Quantise to INT8, compile the engine for this processor")
@@ -56,11 +60,13 @@ def main() -> None:
                 exact_graph.write(fp32, chosen.check, arguments.threads, Path(scratch) / "exact", built)
         else:
             print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row; freeze to TorchScript")
-            model_file, facts = torch_int8.MODEL_FILE, {"engine": torch_int8.choose_engine()}
+            model_file, facts = torch_int8.MODEL_FILE, {"engine": torch_int8.choose_engine(arguments.static)}
             with in_one_line("cannot quantise this model with PyTorch"):
-                archive = torch_int8.freeze(torch_int8.quantise(prepared), fp32)
+                archive = torch_int8.freeze(torch_int8.quantise(prepared, arguments.static), fp32)
             # Written by Python: on a full disk PyTorch's own writer ends the whole process.
             (built / model_file).write_bytes(archive)
+            if arguments.static:
+                facts["static"] = preparation.input_ranges(prepared)
         facts |= {"command": rebuilding.record(LAB.script, parser, arguments), "texts": chosen.record}
         sealing.seal(built, fp32, LAB.backend, LAB.precision, model_file, **facts)
         if arguments.recheck:

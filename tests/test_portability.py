@@ -87,6 +87,43 @@ def test_node_refuses_what_is_missing_or_edited(node, artefact_folder, tmp_path)
     assert result.stderr == "classify.js: tokenizer.json was edited: run python lab04-optimum.py\n"
 
 
+def with_tokeniser(source: Path, target: Path, post_processor: dict | None, **settings) -> Path:
+    """A copy of an artefact whose tokenizer.json surrounds texts otherwise, and with other settings in its manifest."""
+    shutil.copytree(source, target)
+    path = target / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": post_processor}))
+    manifest = artefact.load(source).manifest
+    files = {**manifest["files"], "tokenizer.json": contract.describe_file(path)}
+    tokenizer = {**manifest["tokenizer"], **settings}
+    sealing.write_manifest(target, {**manifest, "files": files, "tokenizer": tokenizer, "check": {}})
+    return target
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}  # as GPT-2's
+ONLY_AFTER = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {"[SEP]": {"id": "[SEP]", "ids": [3], "tokens": ["[SEP]"]}},
+}
+
+
+@pytest.mark.parametrize("post_processor", [BYTES, ONLY_AFTER, None], ids=["nothing", "after", "none"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_node_cuts_and_surrounds_as_the_artefact_says(side, post_processor, node, artefact_folder, tmp_path):
+    source = artefact_folder("onnx")
+    folder = with_tokeniser(source, tmp_path / "other", post_processor, truncation_side=side)
+    texts = [*TEXTS[:4], " ".join(HEADLINES * 12)]
+    result = node(folder, *texts)
+    assert result.returncode == 0, result.stderr
+    check_results(result.stdout, folder, texts)
+
+
+def test_node_refuses_an_empty_headline(node, artefact_folder):
+    result = node(artefact_folder("onnx"), " \t")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "classify.js: a headline is empty\n")
+
+
 @pytest.fixture(scope="module")
 def rechecked(artefact_folder, tmp_path_factory):
     """An ONNX artefact whose second graph decides about half of TEXTS."""
@@ -261,4 +298,24 @@ def test_triton_refuses_what_it_cannot_serve(artefact_folder, tmp_path):
         result = write_repository(tmp_path / "models", folder)
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "models").exists()
+
+
+def test_triton_writes_nothing_where_a_name_would_mean_two_things(artefact_folder, rechecked, tmp_path):
+    source = artefact_folder("onnx")
+    for names in (("a/model", "b/model"), ("optimum-recheck", "b/optimum-recheck-recheck")):
+        folders = [shutil.copytree(rechecked if "recheck" in name else source, tmp_path / name) for name in names]
+        result = write_repository(tmp_path / "models", *folders)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+        assert "would both be served as" in result.stderr
+    config = json.loads((source / "config.json").read_text())
+    broken = shutil.copytree(source, tmp_path / "broken")
+    config["id2label"]["3"] = "two\nlines"
+    (broken / "config.json").write_text(json.dumps(config))
+    manifest = artefact.load(source).manifest
+    files = {**manifest["files"], "config.json": contract.describe_file(broken / "config.json")}
+    sealing.write_manifest(broken, {**manifest, "files": files})
+    result = write_repository(tmp_path / "models", broken)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "one a line" in result.stderr
     assert not (tmp_path / "models").exists()

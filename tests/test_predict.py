@@ -403,10 +403,13 @@ def test_a_build_says_what_it_bought_and_which_headlines_changed(capsys):
         "fp32": {"label": "a", "score": score},
         "quantised": {"label": "b", "score": score},
     }
-    closing_check.print_bought({"speed_up": 4.56, "fp32_ms": 7.31, "ms": 1.6}, [changed], {"headlines": 2})
+    closing_check.print_bought(
+        {"speed_up": 4.56, "fp32_ms": 7.31, "ms": 1.6, "busy": True}, [changed], {"headlines": 2}
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "   4.6 times as fast as FP32 PyTorch (7.3 → 1.6 ms), 1 of 2 labels changed",
+        "   (other programs ran meanwhile: the speed is unsure)",
         "     a 0.55 → b 0.55: Changes",
     ]
 

@@ -35,10 +35,23 @@ function readManifest() {
   return manifest;
 }
 
-/** Token ids of one headline; a long one is cut as in Python: its end is dropped, the closing token stays. */
-function tokenise(tokenizer, text, maxLength) {
-  const { ids } = tokenizer.encode(text);
-  return ids.length > maxLength ? [...ids.slice(0, maxLength - 1), ids.at(-1)] : ids;
+/** A function from a text to its token ids: cut on the manifest's side, then surrounded as tokenizer.json says. */
+function openTokeniser(manifest) {
+  const { max_length: longest, truncation_side: side } = manifest.tokenizer;
+  const file = readJson("tokenizer.json");
+  if (file.added_tokens.some((token) => token.single_word))
+    throw new Error("tokenizer.json has tokens that are whole words only, which @huggingface/tokenizers does not know");
+  const tokenizer = new Tokenizer(file, {}); // tokenizer_config.json changes nothing in Python either
+  const encode = (text, add_special_tokens) => tokenizer.encode(text, { add_special_tokens }).ids;
+  const [alone, whole] = [encode("a", false), encode("a", true)];
+  const start = whole.findIndex((_, at) => alone.every((id, index) => whole[at + index] === id));
+  const [before, after] = [whole.slice(0, start), whole.slice(start + alone.length)];
+  const room = longest - before.length - after.length;
+  return (text) => {
+    if (!text.trim()) throw new Error("a headline is empty");
+    const ids = encode(text, false);
+    return [...before, ...(side === "left" ? ids.slice(-room) : ids.slice(0, room)), ...after];
+  };
 }
 
 /** The inputs of one unpadded headline: every position counts, and there is one segment. */
@@ -50,7 +63,11 @@ function feeds(names, ids) {
 
 /** Open one of the folder's graphs; returns a function from the token ids of a headline to its logits. */
 async function open(file) {
-  const session = await ort.InferenceSession.create(join(folder, file), { intraOpNumThreads: 1, interOpNumThreads: 1 });
+  const session = await ort.InferenceSession.create(join(folder, file), {
+    intraOpNumThreads: 1,
+    interOpNumThreads: 1,
+    extra: { "mlas.disable_kleidiai": "1" }, // its kernels for ARM's SME change labels
+  });
   return async (ids) => (await session.run(feeds(session.inputNames, ids)))[session.outputNames[0]].data;
 }
 
@@ -70,11 +87,11 @@ function softmax(logits) {
 async function main() {
   const manifest = readManifest();
   const labels = Object.values(readJson("config.json").id2label); // integer keys: JavaScript keeps them in order
-  const tokenizer = new Tokenizer(readJson("tokenizer.json"), readJson("tokenizer_config.json"));
+  const tokenise = openTokeniser(manifest);
   const run = await open(manifest.model_file);
   const recheck = manifest.recheck && { ...manifest.recheck, run: await open(manifest.recheck.graph) };
   for (const text of given.length ? given : HEADLINES) {
-    const ids = tokenise(tokenizer, text, manifest.tokenizer.max_length);
+    const ids = tokenise(text);
     const started = performance.now();
     let logits = await run(ids);
     const rechecked = recheck && gap(logits) < recheck.threshold;

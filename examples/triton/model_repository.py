@@ -48,21 +48,41 @@ def main() -> None:
     folders = arguments.artefacts or [folder for folder in ARTEFACTS if folder.exists()] or ARTEFACTS[:1]
     artefacts = [artefact.load(folder) for folder in folders]
     try:
-        for item in artefacts:
-            name = item.folder.resolve().name
-            write_model(item, item.model_file, arguments.output / name)
-            if "recheck" in item.options:
-                recheck = item.manifest["recheck"]
-                write_model(item, item.folder / recheck["graph"], arguments.output / f"{name}-recheck")
+        for name, (item, model_file) in models(artefacts).items():
+            write_model(item, model_file, arguments.output / name)
+            if model_file != item.model_file:
                 print(
-                    f"   Clients must ask {name}-recheck again where the two best logits of {name} lie closer than "
-                    f"{recheck['threshold']}: examples/README.md"
+                    f"   Clients must ask {name} again where the two best logits of {item.folder.resolve().name} lie "
+                    f"closer than {item.manifest['recheck']['threshold']}: examples/README.md"
                 )
     except OSError as error:
         raise LabError(f"cannot write {arguments.output}: {error.strerror or error}") from error
     print(f"Wrote {arguments.output}")
     # The server is a process of its own, and its ONNX Runtime reads the variable there.
     print(f"Next: ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository {arguments.output}")
+
+
+def models(artefacts: list[artefact.Artefact]) -> dict[str, tuple[artefact.Artefact, Path]]:
+    """The model files to serve by Triton's names for them. Raises LabError before anything is written."""
+    found: dict[str, tuple[artefact.Artefact, Path]] = {}
+    for item in artefacts:
+        triton_form(item)
+        if broken := [label for label in item.labels if {"\r", "\n"} & set(label)]:
+            raise LabError(
+                f"{item.folder} has a label of several lines ({broken[0]!r}), and Triton reads one a line: "
+                "name the classes with the lab's --labels"
+            )
+        name = item.folder.resolve().name
+        files = {name: item.model_file}
+        if recheck := item.manifest.get("recheck"):
+            files[f"{name}-recheck"] = item.folder / recheck["graph"]
+        for name, model_file in files.items():
+            if name in found:
+                raise LabError(
+                    f"{found[name][0].folder} and {item.folder} would both be served as {name}: rename one folder"
+                )
+            found[name] = item, model_file
+    return found
 
 
 def write_model(item: artefact.Artefact, model_file: Path, folder: Path) -> None:

@@ -63,7 +63,7 @@ def write_weights(network, file: Path) -> None:
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if found != wanted:
         raise LabError("--this-cpu does not know this network's parts: use the portable artefact")
-    numbers = {name: getattr(shape, name) for name, _ in shape._fields_}
+    numbers = {name: getattr(shape, name) for name, *_ in shape._fields_}
     save_file(tensors, file, metadata={"shape": json.dumps(numbers)})
 
 

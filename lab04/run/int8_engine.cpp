@@ -1,6 +1,7 @@
 // A BERT, DistilBERT, RoBERTa or ELECTRA classifier in INT8 on one core: token ids in, logits out.
 //
-//     g++ -std=gnu++17 -O3 -march=native -shared -fPIC -Wno-psabi int8_engine.cpp -o int8_engine.so
+//     g++ -std=gnu++17 -O3 -march=native -shared -fPIC -Wno-psabi -ffinite-math-only -fno-signed-zeros
+//         -fno-math-errno int8_engine.cpp -o int8_engine.so
 //
 // To be read from top to bottom: 1. vectors, as wide as this processor's; 2. the functions of a network that are no
 // products; 3. the INT8 product, where nine tenths of the time go; 4. the weights, packed for it; 5. the workspace;
@@ -196,6 +197,8 @@ struct Linear {
   float* input_scales;           // [inputs]: what each input is multiplied by before it is rounded
 };
 
+static int whole_panels(int outputs) { return (outputs + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
 struct Quantised {  // rows of `inputs` bytes; a byte b stands for (b - zero) * scale
   uint8_t* bytes;
   float* scales;
@@ -228,7 +231,7 @@ static void quantise(const float* x, int stride, int rows, const Linear& linear,
   }
 }
 
-// sum[lane] += four[0] * weights[lane][0] + ... + four[3] * weights[lane][3]; `four` holds the same bytes in every lane.
+// sum[lane] += four[0] * weights[lane][0] + ... + four[3] * weights[lane][3]; `four` is the same in every lane.
 static inline INLINED void multiply_add(Ints& sum, Ints four, Ints weights) {
 #if defined(PLAIN) || !defined(__AVX2__)
   const Bytes* inputs = (const Bytes*)&four;
@@ -346,7 +349,7 @@ struct Table {  // embeddings: row i is rows[i] * scales[i]
 };
 
 struct Layer {
-  Linear query, key_value, output, up, down;
+  Linear key_value, query, output, up, down;
   Norm attention_norm, norm;
 };
 
@@ -365,8 +368,8 @@ struct Model {
     norm_of(norm, shape.embedding);
     if (shape.embedding != hidden) linear(project, shape.embedding, hidden);
     for (Layer& layer : layers) {
-      linear(layer.query, hidden, hidden);
       linear(layer.key_value, hidden, 2 * hidden);
+      linear(layer.query, hidden, hidden);
       linear(layer.output, hidden, hidden);
       norm_of(layer.attention_norm, hidden);
       linear(layer.up, hidden, shape.intermediate);
@@ -380,11 +383,13 @@ struct Model {
   void place(Memory& memory) {
     visit(
         [&](Linear& linear, int inputs, int outputs) {
-          const int columns = (outputs + COLUMNS - 1) / COLUMNS * COLUMNS;
-          float *scales = memory.take<float>(columns), *biases = memory.take<float>(columns);
-          int32_t* sums = memory.take<int32_t>(columns);
-          float* input_scales = memory.take<float>(inputs);
-          linear = {inputs, outputs, columns, memory.take<int8_t>((size_t)columns * inputs), scales, biases, sums, input_scales};
+          const int columns = whole_panels(outputs);
+          linear.inputs = inputs, linear.outputs = outputs, linear.columns = columns;
+          linear.scales = memory.take<float>(columns);
+          linear.biases = memory.take<float>(columns);
+          linear.sums = memory.take<int32_t>(columns);
+          linear.input_scales = memory.take<float>(inputs);
+          linear.weights = memory.take<int8_t>((size_t)columns * inputs);
         },
         [&](Norm& norm, int width) { norm = {memory.take<float>(width), memory.take<float>(width)}; });
   }
@@ -430,7 +435,7 @@ struct Workspace {  // all that one call writes, for at most `tokens` tokens
   ~Workspace() { free(block); }
 
   void place(Memory& memory) {
-    auto rows = [&](int width) { return memory.take<float>((size_t)tokens * ((width + COLUMNS - 1) / COLUMNS * COLUMNS)); };
+    auto rows = [&](int width) { return memory.take<float>((size_t)tokens * whole_panels(width)); };
     const int widest = std::max(shape.intermediate, std::max(shape.hidden, shape.embedding));
     hidden = rows(shape.hidden);
     query = rows(shape.hidden);
@@ -439,7 +444,9 @@ struct Workspace {  // all that one call writes, for at most `tokens` tokens
     intermediate = rows(std::max(shape.intermediate, shape.labels));
     keys_by_size = memory.take<float>((size_t)shape.hidden / shape.heads * (tokens + LANES));
     scores = memory.take<float>((size_t)QUERIES * (tokens + LANES));
-    quantised = {memory.take<uint8_t>((size_t)tokens * widest), memory.take<float>(tokens), memory.take<int32_t>(tokens)};
+    quantised.bytes = memory.take<uint8_t>((size_t)tokens * widest);
+    quantised.scales = memory.take<float>(tokens);
+    quantised.zeros = memory.take<int32_t>(tokens);
   }
 };
 
@@ -464,7 +471,7 @@ static void embed(const Model& model, const int64_t* ids, const int64_t* types, 
     }
 }
 
-// Moves what the last layer goes on with, the first token of each headline, to the front: the classifier reads no other.
+// Moves the first token of each headline to the front: with it the last layer goes on, the classifier reads no other.
 static void keep_first_tokens(Workspace& w, int stride, const int32_t* lengths, int headlines) {
   const size_t width = w.shape.hidden;
   Quantised& q = w.quantised;
@@ -484,7 +491,8 @@ static void classify(const Model& model, Workspace& w, const int64_t* ids, const
   int tokens = 0;
   for (int headline = 0; headline < headlines; headline++) tokens += lengths[headline];
   // x is rounded for a Linear, and multiplied; what follows is `activation`, or the sum with what was in `out`.
-  auto apply = [&](const float* x, int x_stride, int rows, const Linear& linear, Activation activation, bool add, float* out) {
+  auto apply = [&](const float* x, int x_stride, int rows, const Linear& linear, Activation activation, bool add,
+                   float* out) {
     quantise(x, x_stride, rows, linear, q);
     product(q, rows, linear, activation, add, out);
   };
@@ -504,9 +512,9 @@ static void classify(const Model& model, Workspace& w, const int64_t* ids, const
     product(q, rows, layer.query, NONE, false, w.query);
     for (int headline = 0, token = 0; headline < headlines; token += lengths[headline++]) {
       const size_t row = last ? headline : token;
-      attend(w.query + row * stride, stride, w.key_value + (size_t)token * layer.key_value.columns, layer.key_value.columns,
-             lengths[headline], last ? 1 : lengths[headline], shape.heads, width / shape.heads, w.context + row * stride,
-             w.keys_by_size, w.scores);
+      const int pair = layer.key_value.columns, queries = last ? 1 : lengths[headline];
+      attend(w.query + row * stride, stride, w.key_value + (size_t)token * pair, pair, lengths[headline], queries,
+             shape.heads, width / shape.heads, w.context + row * stride, w.keys_by_size, w.scores);
     }
     apply(w.context, stride, rows, layer.output, NONE, true, w.hidden);
     normalise(w.hidden, stride, rows, width, layer.attention_norm, shape.epsilon);

@@ -53,8 +53,8 @@ def layout(shape: Shape) -> dict[str, tuple[type, tuple[int, ...]]]:
     if shape.embedding != shape.hidden:
         linear("project", shape.embedding, shape.hidden)
     for layer in range(shape.layers):
-        linear(f"layers.{layer}.query", shape.hidden, shape.hidden)
         linear(f"layers.{layer}.key_value", shape.hidden, 2 * shape.hidden)
+        linear(f"layers.{layer}.query", shape.hidden, shape.hidden)
         linear(f"layers.{layer}.output", shape.hidden, shape.hidden)
         norm(f"layers.{layer}.attention_norm", shape.hidden)
         linear(f"layers.{layer}.up", shape.hidden, shape.intermediate)
