@@ -1,6 +1,5 @@
 """Static INT8: a headline's answer is its own, whatever stands beside it in a batch, and however that is padded."""
 
-
 import numpy as np
 import pytest
 from conftest import check_few_headlines, copy_model, run_in_process, training_texts

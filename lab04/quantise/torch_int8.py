@@ -57,7 +57,7 @@ def quantise(network, static: bool = False):
         quant_min=-preparation.STEPS,
         quant_max=preparation.STEPS,
     )
-    recipe = {
+    recipe: dict = {
         torch.nn.Linear: quantization.QConfig(activation=quantization.default_dynamic_quant_observer, weight=weights),
         **dict.fromkeys(looked_up(network), quantization.float_qparams_weight_only_qconfig),
     }
