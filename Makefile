@@ -10,7 +10,7 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families elsewhere readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -47,6 +47,10 @@ bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
 
 bench-families: .venv/installed ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families
+
+elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 1 GB into .elsewhere/
+	$(RUN) -m benchmark.studies.elsewhere
+	$(RUN) -m pytest -rs tests/test_elsewhere.py
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme
