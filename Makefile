@@ -10,7 +10,8 @@ WEIGHTS := $(wildcard lora-news/adapter/*.json lora-news/adapter/*.safetensors) 
 BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families elsewhere readme clean
+unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file elsewhere readme clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,6 +52,9 @@ bench-families: .venv/installed ## which families of networks the INT8 labs serv
 elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 1 GB into .elsewhere/
 	$(RUN) -m benchmark.studies.elsewhere
 	$(RUN) -m pytest -rs tests/test_elsewhere.py
+
+bench-file: lab ## a million headlines through predict.py --csv, on one core and on all: half an hour
+	$(RUN) -m benchmark.studies.million
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme

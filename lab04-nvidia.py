@@ -9,8 +9,11 @@ cache stays beside the folder, so that building again is quick.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
 
 from lab04 import LabError, in_one_line, labs, options
 from lab04.artefact import folder, rebuilding, sealing

@@ -1,18 +1,25 @@
-"""Lab 1 of 3: PyTorch dynamic INT8 on the CPU.
+"""Lab 1 of 3: PyTorch INT8 on the CPU: dynamic, or with --static.
 
     python lab04-torch.py                        # about 15 seconds on two cores
 
 Reads lora-news/adapter (or --model) and writes quantised-model-torch/: a frozen TorchScript archive that
-loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled class. With --this-cpu it is code
-compiled for this processor instead: faster, and good for no other kind.
+loads with `torch.jit.load` alone, without `transformers`, `peft` or any pickled class. With --this-cpu it is an engine
+of one C++ file, compiled for this processor: about twice as fast, and good for no other kind.
 """
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 and -P leave out
 
 from lab04 import in_one_line, labs, options
 from lab04.artefact import folder, rebuilding, sealing
 from lab04.compare import closing_check, report
-from lab04.console import quiet_logging, run
-from lab04.quantise import preparation, this_cpu, torch_int8
+from lab04.console import run
+from lab04.quantise import exact_graph, preparation, this_cpu, torch_int8
 from lab04.read import classifier, texts
+from lab04.run import int8_engine
 
 LAB = labs.LABS[0]
 
@@ -20,9 +27,19 @@ LAB = labs.LABS[0]
 def main() -> None:
     parser = options.int8_argument_parser(__doc__, LAB)
     parser.add_argument(
-        "--this-cpu", action="store_true", help="compile for this processor (AVX512-VNNI or AMX, g++): about a minute"
+        "--this-cpu", action="store_true", help="write the INT8 engine instead, compiled for this processor by g++"
     )
+    parser.add_argument(
+        "--recheck",
+        action="store_true",
+        help="with --this-cpu: also write the graph for what INT8 leaves open",
+    )
+    options.add_static(parser)
     arguments = parser.parse_args()
+    if arguments.static and arguments.this_cpu:
+        parser.error("--this-cpu takes a scale a row, which no neighbour changes: leave out --static")
+    if arguments.recheck and not arguments.this_cpu:
+        parser.error("--recheck goes with --this-cpu; lab04-optimum.py has one of its own")
     chosen = texts.choose(arguments)
     folder.check_output(arguments.output)
     if arguments.this_cpu:
@@ -35,23 +52,25 @@ def main() -> None:
     prepared = preparation.prepare(fp32, chosen.prepare)
 
     facts: dict
-    with in_one_line("cannot quantise this model with PyTorch"):
+    with folder.building(arguments.output) as built, tempfile.TemporaryDirectory() as scratch:
         if arguments.this_cpu:
-            print("3. Quantise and compile for this processor")
-            with quiet_logging():
-                archive = this_cpu.compile_network(prepared, fp32)
-            model_file, facts = this_cpu.MODEL_FILE, {"compiled_for": this_cpu.describe()}
+            print("3. Quantise to INT8, compile the engine for this processor")
+            model_file, facts = int8_engine.WEIGHTS_FILE, this_cpu.build(prepared, built)
+            if arguments.recheck:
+                exact_graph.write(fp32, chosen.check, arguments.threads, Path(scratch) / "exact", built)
         else:
             print("3. Quantise: Linear to INT8 per channel, Embedding to 8 bits per row; freeze to TorchScript")
-            facts = {"engine": torch_int8.choose_engine()}
-            archive = torch_int8.freeze(torch_int8.quantise(prepared), fp32)
-            model_file = torch_int8.MODEL_FILE
-
-    with folder.building(arguments.output) as built:
-        # Written by Python: on a full disk PyTorch's own writer ends the whole process.
-        (built / model_file).write_bytes(archive)
+            model_file, facts = torch_int8.MODEL_FILE, {"engine": torch_int8.choose_engine(arguments.static)}
+            with in_one_line("cannot quantise this model with PyTorch"):
+                archive = torch_int8.freeze(torch_int8.quantise(prepared, arguments.static), fp32)
+            # Written by Python: on a full disk PyTorch's own writer ends the whole process.
+            (built / model_file).write_bytes(archive)
+            if arguments.static:
+                facts["static"] = preparation.input_ranges(prepared)
         facts |= {"command": rebuilding.record(LAB.script, parser, arguments), "texts": chosen.record}
         sealing.seal(built, fp32, LAB.backend, LAB.precision, model_file, **facts)
+        if arguments.recheck:
+            exact_graph.record_threshold(built, chosen.prepare, arguments.threads)
 
         print("4. Check against FP32")
         check = closing_check.check_int8(built, fp32, arguments.threads, chosen)

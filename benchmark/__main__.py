@@ -4,6 +4,7 @@
     python -m benchmark --data my.csv            # text,label CSV, AG News CSV or JSON lines
     python -m benchmark --peers                  # also what else one could pick: pip install -r requirements/peers.txt
     python -m benchmark --profile                # microseconds of every kind of operator, a chart
+    python -m benchmark --floor                  # what this core could do at most, and each back end's share of it
     python -m benchmark --readme                 # put the committed results into README.md and docs/
 
 Reads the quantised-model-* folders and the FP32 weights they came from (--model); writes results/HARDWARE/:
@@ -14,8 +15,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmark import charts, environment, results, tables
-from benchmark.run import ARTEFACTS, Run
+from benchmark import charts, environment, floor, results, tables
+from benchmark.run import ARTEFACTS, VARIANTS, Run
 from benchmark.studies import profile
 from lab04 import ROOT, LabError, console, options
 from lab04.read import headlines
@@ -32,6 +33,11 @@ def main() -> None:
         return
     if arguments.profile:
         profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
+        return
+    if arguments.floor:
+        folders = arguments.artefacts or [path for path in (*CPU_ARTEFACTS, *VARIANTS) if path.exists()]
+        texts = [row.text for row in headlines.read(arguments.data, **headlines.options(arguments))]
+        floor.run(folders, texts, arguments.output)
         return
     if arguments.redraw:
         if (arguments.redraw / results.JOURNAL).exists():
@@ -84,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         help="draw a run's charts again, where it ran also JSON and CSV",
     )
     parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
+    parser.add_argument("--floor", action="store_true", help="instead: the least that a headline can cost on this core")
     parser.add_argument("--readme", action="store_true", help="write the tables of README.md and docs/")
     arguments = parser.parse_args()
     if not arguments.threads:

@@ -311,6 +311,12 @@ def ablation(measured: dict) -> str:
     return table(head, rows)
 
 
+def ideas(measured: dict) -> str:
+    """What a headline costs without each of the engine's ideas."""
+    rows = [[row["idea"], *(figure(row["without"][batch], ".2f") for batch in ("1", "6"))] for row in measured["ideas"]]
+    return table(["without it, times as much CPU time", "batch 1", "batch 6"], rows)
+
+
 def families(measured: dict) -> str:
     """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
     rows = []
@@ -357,6 +363,62 @@ def original(measured: dict) -> str:
     return table([*head, "correct, original"], rows)
 
 
+def serving(measured: dict) -> str:
+    """Answers/s, p50 and p99 by clients, of every server (benchmark/studies/serving.py)."""
+    rows = [
+        [server["title"], str(row["clients"]), f"{row['per_second']:.0f}"]
+        + [figure(row["p50_ms"], ".1f"), figure(row["p99_ms"], ".1f"), str(row["refused"])]
+        for server in measured["servers"].values()
+        for row in server["load"]
+    ]
+    return table(["server", "clients", "answers/s", "p50 (ms)", "p99 (ms)", "refused"], rows)
+
+
+def serving_run(measured: dict) -> str:
+    """One paragraph: where and how the serving figures were measured, and the model's own."""
+    here, model = measured["environment"], measured["model"]
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
+    commit = f"commit {here['git']['commit'][:10]}{' with changes' * here['git']['dirty']}" if here["git"] else ""
+    return (
+        f"Measured on {measured['date']} on {environment.hardware_line(here)}, load average {measured['load_before']} "
+        f"before the start; {measured['artefact']['title']}, one thread; {versions}; {commit}. The model alone needs "
+        f"{model['p50_ms']:.2f} ms for a headline, from text to probabilities, and does {model['per_second']:.0f} a "
+        f"second in batches of 32. `wrk` on the same machine, {measured['seconds']} s a row."
+    )
+
+
+def serving_memory(measured: dict) -> str:
+    """Memory of the process that holds the app, before and after many requests."""
+    rows = [
+        [server["title"], f"{memory['before_mb']:.0f}", f"{memory['after_mb']:.0f}", f"{memory['requests']:,}"]
+        for server in measured["servers"].values()
+        if (memory := server["memory"])
+    ]
+    return table(["server", "before (MB)", "after (MB)", "requests between"], rows)
+
+
+def serving_overload(measured: dict) -> str:
+    """Four times as many clients as find room, by what a refused one does next."""
+    overload = measured["overload"]
+    rows = [
+        [does, f"{row['per_second']:.0f}", f"{row['refused']:,}", str(row["lost"])]
+        + [figure(row["refusal_p50_ms"], ".1f"), figure(row["refusal_p99_ms"], ".1f")]
+        for does, row in (("waits as `Retry-After` says", overload["patient"]), ("asks at once", overload["at_once"]))
+    ]
+    return table(["a refused client", "answers/s", "refused", "lost", "refused within (ms), p50", "p99"], rows)
+
+
+def serving_file(measured: dict) -> str:
+    """A file of headlines through Ray Data (examples/ray/classify.py)."""
+    if not (file := measured.get("file")):
+        return "Not measured on this machine."
+    rows = [
+        [f"`classify.py --workers {number}`", str(row["per_second"]), f"{row['changed']:,} of {file['headlines']:,}"]
+        for number, row in file["workers"].items()
+    ]
+    return table(["", "headlines/s", "labels other than alone"], rows)
+
+
 TABLES = {
     "hardware": hardware,
     "excerpt": excerpt,
@@ -372,6 +434,12 @@ TABLES = {
     "ablation": ablation,
     "families": families,
     "elsewhere": elsewhere,
+    "serving": serving,
+    "serving-run": serving_run,
+    "serving-memory": serving_memory,
+    "serving-overload": serving_overload,
+    "serving-file": serving_file,
+    "ideas": ideas,
 }
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the scripts and the default fol
 for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")  # a user's own setting wins
 
-FORESEEN = (OSError, ValueError, KeyError, RuntimeError)  # what libraries raise for files they cannot read
+FORESEEN = (OSError, ValueError, LookupError, RuntimeError)  # what libraries raise for files they cannot read
 
 REPORT = "please report this line; LAB04_DEBUG=1 shows more"
 

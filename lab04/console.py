@@ -132,19 +132,25 @@ def can_flush(stream) -> bool:
 
 @contextlib.contextmanager
 def remembering_interrupts() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt as ever, and also set `lab04.interrupted`, which no `except` can swallow."""
+    """Let Ctrl-C raise KeyboardInterrupt as ever, and also set `lab04.interrupted`, which no `except` can swallow.
+
+    Python itself swallows one raised in a callback of its own, and would print that; here it ends the run all the same.
+    """
 
     def interrupt(*_):
         interrupted.set()
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
+    report = sys.unraisablehook
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours:
         signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = lambda error: None if error.exc_type is KeyboardInterrupt else report(error)
     try:
         yield
     finally:
         interrupted.clear()
+        sys.unraisablehook = report
         if ours:
             signal.signal(signal.SIGINT, before)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 # Safe for colour-blind readers: Okabe and Ito, "Color Universal Design", 2008; static forms are a darker shade.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"
-DARK_BLUE, DARK_ORANGE, DARK_SKY = "#00405F", "#A86A00", "#1F7FB8"
+DARK_BLUE, DARK_ORANGE, DARK_SKY, DARK_PURPLE = "#00405F", "#A86A00", "#1F7FB8", "#8A4A70"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ LABS = (
             (): ("PyTorch Quantised", BLUE),
             ("static",): ("PyTorch Static", DARK_BLUE),
             ("this-cpu",): ("This CPU", PURPLE),
+            ("this-cpu", "recheck"): ("This CPU Rechecked", DARK_PURPLE),
         },
     ),
     Lab(

@@ -1,9 +1,11 @@
 """The arguments that several scripts share."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from lab04 import ROOT, labs
+from lab04.artefact import Artefact
 from lab04.console import first_line
 from lab04.read import classifier, headlines
 from lab04.run import runtimes
@@ -23,6 +25,23 @@ def add_threads(parser: argparse.ArgumentParser, what: str) -> None:
     """Add --threads."""
     default = runtimes.DEFAULT_THREADS
     parser.add_argument("--threads", type=positive, default=default, help=f"{what} (default: {default})")
+
+
+def add_artefact(parser: argparse.ArgumentParser) -> None:
+    """Add --artefact, of what runs the headlines of many together: the static one by default, where it was built."""
+    static, plain = ROOT / "quantised-model-optimum-static", ROOT / "quantised-model-optimum"
+    default = static if static.exists() else plain
+    parser.add_argument("--artefact", type=Path, default=default, help=f"artefact folder (default: {default.name})")
+
+
+def say_if_dynamic(item: Artefact) -> None:
+    """Say on stderr that the neighbours of a batch change answers, where they do."""
+    if "static" not in item.options:
+        print(
+            f"{item.title} is not static: an answer depends a little on what shares its batch. Build the other: "
+            "python lab04-optimum.py --static --output quantised-model-optimum-static",
+            file=sys.stderr,
+        )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +70,16 @@ def int8_argument_parser(description: str | None, lab: labs.Lab) -> argparse.Arg
     )
     headlines.add_options(parser)
     return parser
+
+
+def add_static(parser: argparse.ArgumentParser) -> None:
+    """Add --static."""
+    parser.add_argument(
+        "--static",
+        action="store_true",
+        help="fix the scale of every product's input when building: no headline's answer then depends on its "
+        "neighbours in a batch",
+    )
 
 
 def positive(text: str) -> int:

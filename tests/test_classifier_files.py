@@ -17,7 +17,7 @@ from conftest import HEADLINES, copy_model
 
 from lab04 import LabError, artefact
 from lab04.artefact import sealing
-from lab04.read import classifier
+from lab04.read import adapters, classifier
 
 WEIGHTS = "model.safetensors"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90868376\n"
@@ -185,13 +185,13 @@ def test_adapter_without_its_base_is_refused(base, reason, adapter):
 
 def test_adapter_without_its_head_is_refused(adapter):
     folder, _ = adapter()
-    edit_weights(folder / classifier.ADAPTER_WEIGHTS, lambda name, t: None if "classifier" in name else (name, t))
+    edit_weights(folder / adapters.ADAPTER_WEIGHTS, lambda name, t: None if "classifier" in name else (name, t))
     assert "classifier.weight" in refusal(folder, "a,b")
 
 
 def test_adapter_whose_keys_fit_nothing_is_refused(adapter):
     folder, _ = adapter()
-    edit_weights(folder / classifier.ADAPTER_WEIGHTS, lambda name, t: (name.replace(".bert.", "._orig_mod.bert."), t))
+    edit_weights(folder / adapters.ADAPTER_WEIGHTS, lambda name, t: (name.replace(".bert.", "._orig_mod.bert."), t))
     assert "fit nothing" in refusal(folder, "a,b,c")
 
 
@@ -210,6 +210,46 @@ def test_adapter_brings_its_resized_embeddings_along(model_folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "adapter")
     loaded = classifier.load(str(tmp_path / "adapter"))
     np.testing.assert_allclose(loaded_logits(loaded), logits(live, tokenizer), atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_1", "pissa"])
+def test_adapter_that_is_another_at_each_load_is_refused(start, adapter):
+    KINDS["pissa"] = peft.LoraConfig("SEQ_CLS", r=4, target_modules=["query"], init_lora_weights=start)
+    folder, expected = adapter("pissa")
+    if start == "pissa":  # the same singular vectors each time
+        loaded = [classifier.load(str(folder), "a,b,c") for _ in range(2)]
+        assert loaded[0].weights_sha256 == loaded[1].weights_sha256
+        np.testing.assert_allclose(loaded_logits(loaded[0]), expected, atol=1e-4)
+    else:
+        assert "by chance" in refusal(folder, "a,b,c") and start in refusal(folder, "a,b,c")
+
+
+def test_adapter_over_layers_that_share_weights_is_refused(adapter):
+    KINDS["replicated"] = peft.LoraConfig(
+        "SEQ_CLS", r=4, target_modules=["query", "dense"], layer_replication=[[0, 2], [0, 2]], init_lora_weights=False
+    )
+    assert "when it is merged" in refusal(adapter("replicated")[0], "a,b,c")
+
+
+@pytest.mark.parametrize(
+    "written, reason",
+    [
+        ({"task_type": "TOKEN_CLS"}, "TOKEN_CLS"),
+        ({"auto_mapping": {"base_model_class": "MeanBert", "parent_library": "__main__"}}, "MeanBert"),
+    ],
+)
+def test_adapter_of_another_task_or_class_is_refused(written, reason, adapter):
+    assert reason in refusal(adapter(**written)[0], "a,b,c")
+
+
+def test_adapter_below_a_model_or_of_a_checkpoint_is_not_taken_unasked(folder, adapter):
+    shutil.copytree(adapter()[0], folder / "checkpoint-500")
+    classifier.load(str(folder))
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    assert "only as pytorch_model.bin" in refusal(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert f"--model {folder / 'checkpoint-500'}" in refusal(folder)
 
 
 def test_hub_id_is_found_in_the_hubs_cache(adapter, tmp_path, monkeypatch):
@@ -256,6 +296,147 @@ def test_numbers_are_names(folder):
 def test_names_that_name_nothing_are_refused(names, reason, folder):
     edit_json(folder / "config.json", id2label=names)
     assert reason in refusal(folder)
+
+
+def test_names_of_the_users_stand_in_for_damaged_ones(folder):
+    before = classifier.load(str(folder))
+    for names in ({str(i + 1): f"topic {i}" for i in range(4)}, {"one": "a", "two": "b"}, {"0": "a", "7": "b"}):
+        edit_json(folder / "config.json", id2label=names, label2id={})
+        loaded = classifier.load(str(folder), "a,b,c,d")
+        assert loaded.labels == ["a", "b", "c", "d"]
+        assert loaded.weights_sha256 == before.weights_sha256
+        assert "4 classes" in refusal(folder, "a,b")
+
+
+# --- The network that was asked for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written, reason",
+    [
+        ({"architectures": ["MeanBert"]}, "MeanBert"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+        ({"architectures": ["RobertaForSequenceClassification"]}, "not a BertForSequenceClassification"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, "rope_parameters"),
+        ({"pooling": "mean", "layer_types": ["full_attention"]}, "layer_types, pooling"),
+        ({"pooler_type": "mean"}, "pooler_type"),
+        ({"is_decoder": True}, "is_decoder"),
+    ],
+)
+def test_a_network_of_other_arithmetic_is_refused(written, reason, folder):
+    edit_json(folder / "config.json", **written)
+    assert reason in refusal(folder)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(folder):
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Own", None]})
+    assert "code of its own" in refusal(folder)
+
+
+def test_a_base_may_have_another_head_but_not_another_body(adapter):
+    folder, expected = adapter()
+    base = folder.parent / "base" / "config.json"
+    edit_json(base, architectures=["BertForMaskedLM"])
+    np.testing.assert_allclose(loaded_logits(classifier.load(str(folder), "a,b,c")), expected, atol=1e-5)
+    edit_json(base, architectures=["MeanBert"])
+    assert "MeanBert" in refusal(folder, "a,b,c")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"architectures": None},
+        {"architectures": ["TFBertForSequenceClassification"]},
+        # What published classifiers carry: a multilingual BERT's, a rater's, ALBERTs', FARM's, AutoTrain's …
+        {
+            "directionality": "bidi",
+            "pooler_fc_size": 768,
+            "pooler_num_attention_heads": 12,
+            "pooler_type": "first_token_transform",
+        },
+        {
+            "_num_labels": 5,
+            "finetuning_task": "sentiment-analysis",
+            "output_past": True,
+            "gradient_checkpointing": True,
+        },
+        {"down_scale_factor": 1, "gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0},
+        {"language": "english", "name": "Bert", "model_name": "ours", "seq_classif_dropout": 0.2, "tie_weights_": True},
+        {"max_length": 64, "padding": "max_length", "task_specific_params": None, "torch_dtype": "float16"},
+        {
+            "sentence_transformers": {"version": "5.0"},
+            "unsloth_fixed": True,
+            "train_batch_size": 32,
+            "xla_device": True,
+        },
+        {
+            "dtype": "float32",
+            "use_cache": False,
+            "attn_implementation": "sdpa",
+            "_name_or_path": "x",
+            "use_bfloat16": 0,
+        },
+    ],
+)
+def test_what_published_models_carry_changes_nothing(written, folder):
+    before = loaded_logits(classifier.load(str(folder)))
+    edit_json(folder / "config.json", **written)
+    np.testing.assert_array_equal(loaded_logits(classifier.load(str(folder))), before)
+
+
+@pytest.fixture
+def of_version_5(model_folder, tmp_path):
+    """`of_version_5(**changes)`: a ModernBERT as transformers 5 writes its configuration, and its logits before."""
+    rope = {"global_rope_theta": 20.0, "local_rope_theta": 500.0}
+    folder = copy_model(model_folder("modernbert", 9), tmp_path / "modern", **rope, local_attention=4)
+    edit_json(folder / "config.json", global_attn_every_n_layers=2, num_hidden_layers=2)
+    before = loaded_logits(classifier.load(str(folder)))
+    kinds = ["full_attention", "sliding_attention"]
+    parameters = {
+        kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in zip(kinds, rope.values(), strict=True)
+    }
+
+    def write(**changes):
+        config = json.loads((folder / "config.json").read_text())
+        for name in (*rope, "global_attn_every_n_layers", "torch_dtype"):
+            config.pop(name, None)
+        config |= {"layer_types": kinds, "rope_parameters": parameters, "dtype": "float32"} | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write, before
+
+
+def test_what_transformers_5_calls_otherwise_is_understood(of_version_5):
+    write, before = of_version_5
+    np.testing.assert_array_equal(loaded_logits(classifier.load(str(write()))), before)
+    # The settings must tell: others answer otherwise.
+    other = {kind: {"rope_theta": 160000.0} for kind in ("full_attention", "sliding_attention")}
+    assert np.abs(loaded_logits(classifier.load(str(write(rope_parameters=other)))) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"rope_parameters": {"rope_theta": 20.0}},
+        {
+            "rope_parameters": {
+                k: {"rope_theta": 2.0, "rope_type": "yarn"} for k in ("full_attention", "sliding_attention")
+            }
+        },
+    ],
+)
+def test_what_this_transformers_cannot_compute_is_refused(changes, of_version_5):
+    assert next(iter(changes)) in refusal(of_version_5[0](**changes))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "xlnet", "openai-gpt"])
+def test_a_network_made_to_continue_texts_is_refused_by_name(family, folder):
+    edit_json(folder / "config.json", model_type=family, architectures=None)
+    assert f"{family!r}, made to continue texts" in refusal(folder)
 
 
 # --- Settings and tokenisers ------------------------------------------------------------------------------

@@ -42,6 +42,14 @@ def test_closed_and_full_streams_end_in_a_line_at_most(redirect, code, lines, ar
     assert len(result.stderr.splitlines()) == lines
 
 
+@pytest.mark.parametrize("script", ["lab04-torch.py", "lab04-optimum.py", "lab04-nvidia.py", "predict.py"])
+def test_scripts_find_the_lab_where_python_leaves_their_folder_out(script, tmp_path):
+    command = [sys.executable, ROOT / script, "--no-such-option"]
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=safe, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
 def test_charts_are_drawn_from_a_notebook(artefact_folder, tmp_path):
     backend = "module://no_such_package.backend_inline"
     result = predict(artefact_folder("onnx"), "--output", tmp_path, MPLBACKEND=backend)

@@ -21,11 +21,11 @@ from conftest import (
     write_model,
 )
 
-from lab04 import LabError, artefact, options
+from lab04 import LabError, artefact, labs, options
 from lab04.compare import closing_check, consistency
 from lab04.quantise import preparation
 from lab04.read import classifier
-from lab04.read.texts import choose_texts
+from lab04.read import texts as read_texts
 from lab04.run import runtimes
 
 MODELS = [("bert", 9), ("distilbert", 2), ("roberta", 20), ("minilm", 100), ("electra", 9), ("adapter", 9)]
@@ -233,18 +233,18 @@ def test_users_texts_prepare_and_check_in_place_of_ours(model_folder, few_headli
 
 def test_too_few_texts_are_refused(tmp_path):
     (tmp_path / "texts.txt").write_text("The same\n" * 100)
-    parser = options.int8_argument_parser("", "")
+    parser = options.int8_argument_parser("", labs.LABS[0])
     with pytest.raises(LabError, match="1 different"):
-        choose_texts(parser.parse_args(["--texts", str(tmp_path / "texts.txt")]))
+        read_texts.choose(parser.parse_args(["--texts", str(tmp_path / "texts.txt")]))
     with pytest.raises(LabError, match="cannot read"):
-        choose_texts(parser.parse_args(["--texts", str(tmp_path / "none.txt")]))
+        read_texts.choose(parser.parse_args(["--texts", str(tmp_path / "none.txt")]))
 
 
 def test_texts_are_read_as_any_headlines_are(tmp_path):
     texts = training_texts()[:40]
     (tmp_path / "texts").write_text("\n".join(["Subject;id", *(f'"{text}";1' for text in texts)]), encoding="utf-16")
-    options = ["--texts", str(tmp_path / "texts"), "--format", "csv", "--text-column", "subject"]
-    chosen = choose_texts(options.int8_argument_parser("", "").parse_args(options))
+    given = ["--texts", str(tmp_path / "texts"), "--format", "csv", "--text-column", "subject"]
+    chosen = read_texts.choose(options.int8_argument_parser("", labs.LABS[0]).parse_args(given))
     assert (chosen.prepare, chosen.check) == (texts[::2], texts[1::2])
 
 
@@ -277,8 +277,9 @@ def refused(capsys, tmp_path):
         ({"problem_type": "multi_label_classification"}, "multi-label"),
         ({"problem_type": "regression"}, "regression"),
         ({"id2label": {"0": "only"}}, "at least 2"),
-        ({"model_type": "gpt2"}, "missing"),  # none of its weights are there
-        ({"model_type": "vit"}, "no sequence classifier"),
+        ({"model_type": "gpt2", "architectures": None}, "continue texts"),
+        ({"model_type": "bert", "architectures": None}, "does not know"),  # the settings of DistilBERT
+        ({"model_type": "vit", "architectures": None}, "no sequence classifier"),
         ({"model_type": "no such type"}, "cannot load"),
         ({"id2label": {str(i): f"topic {i}" for i in range(3)}}, "cannot load"),  # the head has two rows
     ],

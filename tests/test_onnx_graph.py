@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 from conftest import training_texts
 
-from benchmark import profile, results
+from benchmark import results
+from benchmark.studies import profile
 from lab04 import artefact
 from lab04.quantise import onnx_graph, preparation
 from lab04.read import classifier

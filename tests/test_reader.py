@@ -1,8 +1,12 @@
 """The reader of headlines: what is read is what the user meant, or one line says why it is refused."""
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
+import sys
 
 import pytest
 
@@ -73,7 +77,15 @@ def pairs(rows):
         ("label-case.csv", CSV.replace("Business", " bUSINESS ").replace("Sports", "SPORTS")),
         ("description.csv", "label,title,description\nBusiness,Shares fall,Why\nSports,Cup final,When\n"),
         ("ag-news.csv", "Class Index,Title,Description\n3,Shares fall,Why\n2,Cup final,When\n"),
-        ("ag-news-published.csv", '"3","Shares fall","Why; how"\n"2","Cup final","When"\n'),
+        ("pipes.csv", CSV.replace(",", "|")),
+        ("joined.csv", "\ufeff" + CSV.replace("Cup", "\ufefftext,label\nCup")),
+        ("marked.csv", CSV.replace("Cup", "\ufeffCup")),
+        ("long.csv", f"text,label,body\nShares fall,Business,{'x' * 140_000}\nCup final,Sports,\n"),
+        ("numbers.csv", "text,label\nShares fall,2\nCup final,1\n"),
+        ("numbers.jsonl", '{"text": "Shares fall", "label": 2.0}\n{"text": "Cup final", "label": 1}\n'),
+        ("rows.ndjson", JSONL),
+        ("rows.tab", CSV.replace(",", "\t")),
+        ("joined.jsonl", "\ufeff" + JSONL.replace("\n", "\n\ufeff", 1)),
         ("rows.jsonl", JSONL),
         ("rows.jsonl", JSONL.replace("\n", "\r\n\r\n")),
         ("rows.jsonl", JSONL.replace("text", "Title")),
@@ -90,9 +102,60 @@ def test_every_usual_form_of_a_file_gives_its_headlines_and_labels(read, name, c
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        ['"Historic" deal\tWorld', "Cup final\tSports"],  # no quoting: the quotes are the headline's
+        ['"We won\tWorld', "Cup final\tSports"],
+        ['"We won\tWorld', '"They lost"\tSports', "Cup final\tSports"],
+        ['5" of rain\tWorld', '"Storm"" floods"\tSports'],  # quoted where it must be
+        ['"Storm\nfloods"\tWorld', "Cup final\tSports"],
+        ['"tabs\tin it"\tWorld', "Cup final\tSports"],
+    ],
+)
+def test_tsv_is_read_with_quotes_or_without(read, lines):
+    raw = [line.split("\t") for line in lines if "\n" not in line]
+    quoted = list(csv.reader("\n".join(lines).splitlines(keepends=True), delimiter="\t"))
+    expected = raw if lines[0].startswith(('"H', '"W')) else quoted
+    rows = read("rows.tsv", "text\tlabel\n" + "\n".join(lines) + "\n")
+    assert [[row.text, row.label] for row in rows] == expected
+    assert [row.line for row in read("rows.tsv", "text\n\n" + "\n".join(f'"{n}' for n in range(250)))][-1] == 252
+
+
+@pytest.mark.parametrize("ending", ["parquet", "pq", "arrow", "feather"])
+def test_parquet_and_arrow_are_read_with_the_names_of_their_classes(ending, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import feather, parquet
+
+    table = pyarrow.table({"Text": ["Shares fall", None, "Cup final"], "label": [1, 0, 0]})
+    classes = {"label": {"names": ["Sports", "Business"], "_type": "ClassLabel"}, "text": {"dtype": "string"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": classes}})})
+    path = tmp_path / f"rows.{ending}"
+    if ending == "arrow":  # as `datasets` keeps its own
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        (feather.write_feather if ending == "feather" else parquet.write_table)(table, str(path))
+    rows = list(headlines.read(path, LABELS))
+    assert pairs(rows) == BOTH
+    assert [row.line for row in rows] == [1, 3]
+    if ending != "arrow":  # a stream has no mark of its own
+        named = path.rename(tmp_path / "rows.csv")
+        with pytest.raises(LabError, match="say --format"):
+            list(headlines.read(named))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_what_is_not_parquet_or_arrow_is_refused(kind, read, refused, monkeypatch):
+    assert f"as {kind.capitalize()}" in refused(f"rows.{kind}", CSV)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "needs pyarrow" in refused(f"rows.{kind}", CSV)
+
+
+@pytest.mark.parametrize(
     "content",
     [
         "Shares fall\nCup final\n",
+        "\ufeffShares fall\n\ufeffCup final\n",
         "\ufeffShares fall\r\n\r\nCup final",
         "Shares fall\rCup final\r",
         "Shares fall\n Cup final ".encode("utf-16"),
@@ -130,16 +193,34 @@ def test_json_texts_without_an_object_are_headlines(read):
     assert pairs(read("rows.json", '["Shares fall", "Cup final"]')) == [("Shares fall", None), ("Cup final", None)]
 
 
-@pytest.mark.parametrize("label", ["null", '""', '" "'])
+@pytest.mark.parametrize("label", ["null", '""', '" "', "NaN"])
 def test_a_blank_label_is_no_label(read, label):
     assert pairs(read("rows.jsonl", f'{{"text": "A", "label": {label}}}')) == [("A", None)]
     assert pairs(read("rows.csv", "text,label\nA, \n")) == [("A", None)]
 
 
+def test_labels_of_another_taxonomy_are_left_out_on_demand(read, refused):
+    assert "--no-labels" in refused("rows.csv", "text,label\nA,Weather\n")
+    assert pairs(read("rows.csv", "text,label\nA,Weather\n", no_labels=True)) == [("A", None)]
+    assert pairs(read("rows.jsonl", '{"text": "A", "label": ["x"], "Label": 1}', no_labels=True)) == [("A", None)]
+
+
+def test_numbers_of_classes_are_the_models_and_it_is_said(read, refused, capsys):
+    assert pairs(read("rows.csv", "text,label\nA,4\nB,World\nC,0\n")) == [
+        ("A", "climate"),
+        ("B", "World"),
+        ("C", "World"),
+    ]
+    [line] = capsys.readouterr().err.splitlines()
+    assert "0 World, 1 Sports" in line
+    for number in ("5", "-1", "9" * 5000, "²", "1.5"):
+        assert "is not one of the model's" in refused("rows.csv", f"text,label\nA,{number}\n")
+
+
 def test_a_blank_headline_is_skipped_and_counted(read, capsys):
     assert pairs(read("rows.csv", "text,label\nA,World\n ,Sports\n,\nB,World\n")) == [("A", "World"), ("B", "World")]
     assert capsys.readouterr().err.endswith("rows.csv: 2 blank headlines skipped\n")
-    assert pairs(read("rows.jsonl", '{"text": "A"}\n{"text": null}\n')) == [("A", None)]
+    assert pairs(read("rows.jsonl", '{"text": "A"}\n{"text": NaN}\n')) == [("A", None)]
     assert capsys.readouterr().err.endswith("rows.jsonl: 1 blank headline skipped\n")
 
 
@@ -164,13 +245,10 @@ def test_labels_that_differ_only_in_case_are_not_mixed_up(read, refused):
     assert "line 2: label 'Us'" in refused("rows.csv", "text,label\nA,Us\n", labels)
 
 
-def test_numbers_are_ag_news_only_where_the_file_is(read, refused):
-    assert "line 2: label '3'" in refused("rows.csv", "label,title\n3,A\n")
+def test_ag_news_counts_its_classes_from_1(read, refused):
     assert "line 2: label '3'" in refused("rows.csv", "label,title,description\n3,A,B\n")
-    assert "line 1: label '3'" in refused("rows.jsonl", '{"label": 3, "text": "A"}')
     assert "label '5'" in refused("rows.csv", "Class Index,Title,Description\n5,A,B\n")
-    assert "no column 'subject'" in refused("rows.csv", '3,"A","B"\n' * 2, text_column="subject")
-    assert pairs(read("rows.csv", "4,subject,x\n3,A,B\n", text_column="subject")) == [("A", None)]
+    assert "no column text, title or headline" in refused("rows.csv", '"3","A","B"\n"2","C","D"\n')
 
 
 def test_numbers_that_are_the_models_own_labels_stay(read):
@@ -253,13 +331,15 @@ def test_another_format_is_not_read_as_headlines(refused, monkeypatch, content, 
         ("half.txt", b"A\n\xed\xa0\x80\n", "is not UTF-8 (line 2)"),
         ("half.jsonl", '{"text": "A"}\n{"text": "\\ud800"}\n', "line 2: the text has half a surrogate pair"),
         ("zipped.csv", gzip.compress(CSV.encode(), mtime=0), "compressed: unpack it, e.g. with gunzip"),
+        ("zipped.csv", lzma.compress(CSV.encode()), "compressed: unpack it, e.g. with unxz"),
+        ("zipped.txt", bz2.compress(CSV.encode()), "compressed: unpack it, e.g. with bunzip2"),
         ("book.csv", b"PK\x03\x04\x14\x00", "a workbook or zip: save it as CSV UTF-8"),
         ("book.xlsx", b"PK\x03\x04\x14\x00", "a workbook or zip"),
         ("book.xls", b"\xd0\xcf\x11\xe0\xa1\xb1", "a workbook"),
         ("rows.jsonl", "not json\n", "line 1 cannot be read as JSON"),
         ("rows.jsonl", '{"text": "A"}\n{"label": "World"}\n', "line 2 has no column text"),
-        ("rows.jsonl", '{"text": 5}\n', "line 1: the text is no JSON string"),
-        ("rows.jsonl", '{"text": ["A"]}\n', "line 1: the text is no JSON string"),
+        ("rows.jsonl", '{"text": 5}\n', "line 1: the text is no string"),
+        ("rows.jsonl", '{"text": ["A"]}\n', "line 1: the text is no string"),
         ("rows.jsonl", '{"text": "A", "label": {"name": "World"}}\n', "line 1: the label is neither"),
         ("rows.jsonl", '[{"text": "A"}]\n', "an array of them is --format json"),
         ("rows.jsonl", "[" * 100_000, "line 1 cannot be read as JSON"),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lab04 import ROOT, console, options
-from lab04.compare.charts import COLOURS, pyplot, save
+from lab04 import ROOT, console, labs, options
+from lab04.compare.charts import pyplot, save
 from lab04.quantise import preparation
 from lab04.read import classifier
 
 HEADLINE = "Cybersecurity breach exposes NHS patient records"
-GREY, BEFORE, AFTER = "#777777", COLOURS["onnxruntime"], COLOURS["torch"]
+GREY, BEFORE, AFTER = "#777777", labs.ORANGE, labs.BLUE
 SHOWN = 28  # weights or values of a close-up
 NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the steps would be too narrow to see
 

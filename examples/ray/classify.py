@@ -5,10 +5,15 @@
 
 INPUT is Parquet (also a folder of it), CSV or JSON lines, where every machine of the cluster can read it. OUTPUT is
 written here, in the order of completion. Machines need only requirements/ray.txt: our code and the artefact travel.
-A row whose text is null, empty or no text gets its reason in `error`, and the job goes on.
+A row whose text is null, empty or no text gets its reason in `error`, and the job goes on. What a job that ends early
+has done is kept beside OUTPUT.
+
+Take the static artefact (`lab04-optimum.py --static`). Dynamic INT8 takes the scale of a layer's inputs from the whole
+batch, so that a row's label depends on its neighbours, and here on how Ray cut the file. Static scales are constants.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +21,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,11 +40,13 @@ except ModuleNotFoundError as missing:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, Python looks only in its folder
 from lab04 import ROOT, LabError, artefact, console, options
 from lab04.artefact import contract
+from lab04.artefact.tokeniser import clean
 from lab04.run import runtimes
 from lab04.run.backend import Backend
 from lab04.run.scores import softmax
 
 JSON_LINES = (".jsonl", ".json")
+LARGEST_EXACT = 2**53  # the largest whole number up to which a float64 holds every one
 BATCH = 256  # headlines a call: sorted by length there, so that the more there are, the less padding is computed
 
 
@@ -46,9 +54,12 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.output.exists():
         raise LabError(f"{arguments.output} exists: choose another OUTPUT; nothing is overwritten")
+    if (partial := partial_of(arguments.output)).exists():
+        raise LabError(f"{partial} holds what an earlier job had done: move it away first")
     if not arguments.input.exists():
         raise LabError(f"no input at {arguments.input}")
     item = artefact.load(arguments.artefact)
+    options.say_if_dynamic(item)
     connect()
     started = time.perf_counter()
     try:
@@ -67,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="Parquet, CSV or JSON lines (.jsonl, .json)")
     add("output", type=Path, metavar="OUTPUT", help="folder to write; must not exist")
-    add("--artefact", type=Path, default=ROOT / "quantised-model-optimum", help="default: quantised-model-optimum")
+    options.add_artefact(parser)
     add("--column", default="text", help="column of the headlines (default: %(default)s)")
     add("--workers", type=options.positive, help="processes of one thread each (default: one a core of the cluster)")
     add("--batch-size", type=options.positive, default=BATCH, help="headlines a call (default: %(default)s)")
@@ -98,31 +109,40 @@ def ship(item: artefact.Artefact) -> dict:
     }
 
 
-def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, Backend]:
-    """Open what `ship` packed. Raises LabError if the artefact or its runtime's version is another than there."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in shipped["files"].items():
-            (Path(folder) / name).write_bytes(content)
+@contextlib.contextmanager
+def unpacked(shipped: dict) -> Iterator[Path]:
+    """A folder with what `ship` packed, for a block. Raises LabError unless artefact and runtime are as there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, node = Path(name), os.uname().nodename
+        for file, content in shipped["files"].items():
+            (folder / file).write_bytes(content)
         item = artefact.load(folder)
         here, wanted = version(item.backend), shipped["runtime"]
         if item.manifest["sha256"] != shipped["sha256"]:
-            raise LabError(f"worker on {os.uname().nodename} has another artefact than was sent")
+            raise LabError(f"worker on {node} has another artefact than was sent")
         if here != wanted:
-            raise LabError(f"worker on {os.uname().nodename} has {item.backend} {here}, not {wanted} as here")
+            raise LabError(f"worker on {node} has {item.backend} {here}, not {wanted} as here")
+        yield folder
+
+
+def open_shipped(shipped: dict) -> tuple[artefact.Artefact, artefact.Tokeniser, Backend]:
+    """Open what `ship` packed. Raises LabError as `unpacked` does."""
+    with unpacked(shipped) as folder:
+        item = artefact.load(folder)
         return item, artefact.Tokeniser(item), runtimes.open_backend(item, threads=1)
 
 
 class Worker:
     """One process of the job: opens the artefact once, then adds columns to one Arrow table after another."""
 
-    def __init__(self, shipped, column: str, every_probability: bool, json_lines: bool):
+    def __init__(self, shipped, column: str, every_probability: bool, schema: pa.Schema | None):
         self.item, self.tokenise, self.backend = open_shipped(ray.get(shipped))
-        self.column, self.every_probability, self.json_lines = column, every_probability, json_lines
+        self.column, self.every_probability, self.schema = column, every_probability, schema  # None: not JSON lines
 
     def __call__(self, table):
         labels = self.item.labels
-        if self.json_lines:
-            table, errors = parse(table["text"].to_pylist(), self.column)
+        if self.schema:
+            table, errors = parse(table["text"].to_pylist(), self.column, self.schema)
         elif self.column in table.column_names:
             errors = [error_of(text) for text in table[self.column].to_pylist()]
         else:
@@ -170,7 +190,7 @@ def classified(item: artefact.Artefact, arguments: argparse.Namespace):
             shipped,
             arguments.column,
             arguments.probabilities,
-            arguments.input.suffix.lower() in JSON_LINES,
+            schema_of(arguments.input, arguments.column) if arguments.input.suffix.lower() in JSON_LINES else None,
         ),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
@@ -196,21 +216,56 @@ def read(path: Path, column: str):
     raise LabError(f"{path} is no .parquet, .csv, .jsonl or .json")
 
 
-def parse(lines: list[str], column: str):
-    """JSON lines as an Arrow table, and each line's error or None. What is no text becomes its JSON text."""
+def schema_of(path: Path, column: str) -> pa.Schema:
+    """The one schema of a file of JSON lines: every field of any line, with a type that holds all its values.
+
+    Found before the work starts, from all lines: a field may come late, or be null, or a whole number, at first.
+    Whole numbers beside fractions become fractions. Any other mixture, lists and objects become text (`as_text`).
+    """
+    kinds: dict[str, set[type]] = {column: {str}}
+    with path.open("rb") as lines:
+        for line in lines:
+            for name, value in (row_of(line) or {}).items():
+                too_large = isinstance(value, int) and abs(value) > LARGEST_EXACT
+                kinds.setdefault(name, set()).add(str if too_large else type(value))
+    return pa.schema([(name, arrow_type(found - {type(None)})) for name, found in kinds.items()])
+
+
+def arrow_type(kinds: set[type]) -> pa.DataType:
+    """The Arrow type for values of these Python types."""
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds and kinds <= {int, float}:
+        return pa.int64() if kinds == {int} else pa.float64()
+    return pa.string()
+
+
+def row_of(line: bytes | str) -> dict | None:
+    """A line's JSON object, or None if it holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return {clean(name): value for name, value in row.items()} if isinstance(row, dict) else None
+
+
+def as_text(value: object) -> str | None:
+    """A value for a column of text: text and null as they are, the others as JSON."""
+    return value if value is None else clean(value if isinstance(value, str) else json.dumps(value))
+
+
+def parse(lines: list[str], column: str, schema: pa.Schema):
+    """JSON lines as an Arrow table of a schema, and each line's error or None."""
     rows, errors = [], []
     for line in lines:
-        try:
-            row = json.loads(line)
-            errors.append(error_of(row.setdefault(column, None)))
-        except (ValueError, AttributeError, RecursionError):
-            row = {column: line}
-            errors.append("no JSON object")
-        if not isinstance(row[column], str | None):
-            row[column] = json.dumps(row[column])
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), errors
+        row = row_of(line)
+        errors.append("no JSON object" if row is None else error_of(row.get(column)))
+        rows.append({column: line} if row is None else row)
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        columns.append(pa.array(map(as_text, values) if field.type == pa.string() else values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema), errors
 
 
 def reason_of(error: Exception) -> str:
@@ -219,17 +274,30 @@ def reason_of(error: Exception) -> str:
     return found[-1] if found else str(error).strip().splitlines()[-1]
 
 
-def write(dataset, output: Path) -> tuple[int, int]:
-    """Write a Dataset as one Parquet file, whole or not at all. Returns its rows and how many have an error.
+def partial_of(output: Path) -> Path:
+    """Where the rows of a job that ends early are kept."""
+    return output.with_name(f"{output.name}.partial")
 
-    Only this process writes: whatever is computed twice because a machine was lost, is written once.
+
+def write(dataset, output: Path) -> tuple[int, int]:
+    """Write a Dataset as one Parquet file. Returns its rows and how many have an error.
+
+    Only this process writes: whatever is computed twice because a machine was lost, is written once. If the job ends
+    early, `output` is not written, and what was done is left in `partial_of(output)`, as readable as a whole one.
     """
     temporary, writer, rows, bad = output.with_name(f".{output.name}.new-{os.getpid()}"), None, 0, 0
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            writer = writer or pa.parquet.ParquetWriter(temporary, table.schema)
-            writer.write_table(table.cast(writer.schema))
-            rows, bad = rows + len(table), bad + len(table) - table["error"].null_count
+        try:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                writer = writer or pa.parquet.ParquetWriter(temporary, table.schema)
+                writer.write_table(table.cast(writer.schema))
+                rows, bad = rows + len(table), bad + len(table) - table["error"].null_count
+        except BaseException:  # Ctrl-C too
+            if writer:
+                writer.close()
+                temporary.rename(partial_of(output))
+                print(f"Kept the {rows} rows that were done in {partial_of(output)}", file=sys.stderr)
+            raise
         if writer is None:
             raise LabError("the input has no rows")
         writer.close()

@@ -36,7 +36,7 @@ class Artefact:
     @property
     def options(self) -> tuple[str, ...]:
         """The lab's options that make it another artefact than the plain one, as `labs.LABS` lists them."""
-        recorded = {"static": "static", "recheck": "recheck", "this-cpu": "compiled_for"}
+        recorded = {"static": "static", "this-cpu": "compiled_for", "recheck": "recheck"}
         return tuple(option for option, key in recorded.items() if key in self.manifest)
 
     @property
@@ -83,6 +83,7 @@ def load(folder: Path | str) -> Artefact:
         # What will be opened must be among the files just checked.
         model_file = manifest["model_file"]
         opened = {"config.json", "tokenizer.json", model_file, manifest.get("graph", model_file)}
+        opened.add(manifest.get("compiled_for", {}).get("library", model_file))
         if "recheck" in manifest:
             opened.add(manifest["recheck"]["graph"])
             if not 0 <= manifest["recheck"]["threshold"] < float("inf"):

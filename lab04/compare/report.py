@@ -1,4 +1,4 @@
-"""What is printed: a lab's closing lines, and predict.py's top fives, JSON lines and summary."""
+"""What is printed: a lab's closing lines, and predict.py's top fives, JSON lines, table and summary."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from lab04.console import as_run_here, from_here, suggest
 from lab04.read.classifier import Classifier
 from lab04.read.headlines import Row
 from lab04.run.scores import top
+from lab04.run.stream import Answer
 
 Result = tuple[np.ndarray, float]  # a headline's probabilities [labels] and milliseconds from one backend
 
@@ -37,17 +38,33 @@ def json_line(row: Row, tokens: int, truncated: bool, runners: list[Runner], res
     """One headline as a JSON object: what every backend says, by its name."""
     said = {}
     for runner, (scores, ms) in zip(runners, results, strict=True):
-        best = int(scores.argmax())
-        said[runner.name] = {
-            "label": runner.artefact.labels[best],
-            "id": best,
-            "probabilities": dict(zip(runner.artefact.labels, scores.tolist(), strict=True)),
-            "ms": None if runner.reason else ms,
-        }
+        said[runner.name] = label_and_probabilities(runner, scores) | {"ms": None if runner.reason else ms}
         if runner.backend.rechecked is not None:
             said[runner.name]["rechecked"] = runner.last_rechecked()
     record = {"text": row.text, "tokens": tokens, "truncated": truncated, "label": row.label, "backends": said}
     return json.dumps(record)
+
+
+def json_line_of_batch(answer: Answer, runner: Runner) -> str:
+    """The same of a headline that ran in a batch: the time is the batch's, under a name of its own."""
+    said = label_and_probabilities(runner, answer.probabilities)
+    said |= {"batch": answer.batch, "batch_ms": None if runner.reason else answer.batch_ms}
+    if answer.rechecked is not None:
+        said["rechecked"] = answer.rechecked
+    facts = {"text": answer.row.text, "tokens": answer.tokens, "truncated": answer.truncated}
+    return json.dumps({**facts, "label": answer.row.label, "backends": {runner.name: said}})
+
+
+def label_and_probabilities(runner: Runner, scores: np.ndarray) -> dict:
+    """The best label, its number and the probabilities [labels] by their labels."""
+    labels, best = runner.artefact.labels, int(scores.argmax())
+    return {"label": labels[best], "id": best, "probabilities": dict(zip(labels, scores.tolist(), strict=True))}
+
+
+def csv_row(answer: Answer, runner: Runner) -> tuple[str, str, str]:
+    """Text, label and score of a headline."""
+    best = int(answer.probabilities.argmax())
+    return answer.row.text, runner.artefact.labels[best], f"{answer.probabilities[best]:.4f}"
 
 
 def print_headline(text: str, dropped: int, runners: list[Runner], results: list[Result]) -> None:
@@ -81,6 +98,8 @@ def print_summary(runners: list[Runner], tokenise_ms: float, headlines: int, run
     checked = {checked_on(runner.artefact): runner.name for runner in runners}
     on = "; ".join(f"{what} ({name})" if len(checked) > 1 else what for what, name in checked.items())
     print(f"* labels as the FP32 weights', and times as fast as they are in PyTorch: measured when built, on {on}")
+    if any(runner.artefact.manifest["check"].get("busy") for runner in runners):
+        print("? other programs ran while that was measured: build it again on a quiet machine")
     for runner in runners:
         if runner.backend.rechecked is not None:
             print(f"{runner.name}: {runner.rechecked / headlines:.1%} of the headlines ran again in its second graph")
@@ -95,7 +114,7 @@ def checked_on(artefact: Artefact) -> str:
 
 
 def summary_row(runner: Runner) -> tuple[str, ...]:
-    manifest = runner.artefact.manifest
+    manifest, check = runner.artefact.manifest, runner.artefact.manifest["check"]
     p50, p95 = np.percentile(runner.times_ms, (50, 95))
     per_second = 1e3 / np.mean(runner.times_ms)
     times = (
@@ -111,6 +130,8 @@ def summary_row(runner: Runner) -> tuple[str, ...]:
         "–" if runner.reason and graph is None else f"{runner.artefact.model_mb:.1f}",
         *times,
         f"{runner.correct} of {runner.labelled}" if runner.labelled else "–",
-        f"{manifest['check']['agreement']:.1%}",
-        "–" if runner.reason or "speed_up" not in manifest["check"] else f"{manifest['check']['speed_up']:.1f}",
+        f"{check['agreement']:.1%}",
+        "–"
+        if runner.reason or "speed_up" not in check
+        else f"{check['speed_up']:.1f}" + "?" * check.get("busy", False),
     )

@@ -36,7 +36,7 @@ def find_labels(graph: Path, fp32: Classifier, texts: list[str], threads: int) -
 def record_threshold(folder: Path, given: list[str] | None, threads: int) -> None:
     """Find the threshold of a sealed folder's recheck and record it; on `given` texts, or our training headlines."""
     built, looked_at = load(folder), given or texts.training_headlines()
-    quick = runtimes.OnnxRuntimeBackend(built, threads)
+    quick = runtimes.open_runtime(built, threads)
     exact = runtimes.OnnxRuntimeBackend(built, threads, folder / recheck.GRAPH_FILE)
     threshold = recheck.find_threshold(quick, exact, Tokeniser(built), looked_at)
     print(f"   recheck below a gap of {threshold:.3f} logits")

@@ -6,6 +6,7 @@ its default options.
 
 from pathlib import Path
 
+from lab04 import LabError
 from lab04.console import quiet_logging
 
 MODEL_FILE = "model_quantized.onnx"  # the name Optimum gives it, and looks for
@@ -18,13 +19,29 @@ BY_TOKEN = ("LayerNormalization", "Sum", "Add", "MatMul", "Mul")  # with constan
 
 
 def export(network, folder: Path) -> Path:
-    """Export a classifier network to FP32_FILE in `folder` with Optimum: FP32, dynamic batch and length."""
+    """Export a classifier network to FP32_FILE in `folder` with Optimum: FP32, dynamic batch and length.
+
+    Raises LabError if Optimum knows no graph for networks of its type.
+    """
     from optimum.exporters.onnx import onnx_export_from_model
 
+    kind, task = network.config.model_type, "text-classification"
+    if task not in known_tasks(kind):
+        raise LabError(f"Optimum exports no {kind!r} classifier to ONNX: try python lab04-torch.py")
     with quiet_logging():
         # No validation here: it only warns. The closing check compares the finished artefact and decides.
-        onnx_export_from_model(network, folder, task="text-classification", do_validation=False)
+        onnx_export_from_model(network, folder, task=task, do_validation=False)
     return folder / FP32_FILE
+
+
+def known_tasks(kind: str) -> list[str]:
+    """The tasks for which Optimum exports networks of a type to ONNX."""
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        return list(TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers"))
+    except KeyError:
+        return []
 
 
 def fuse(exported: Path, config, output: Path, tanh_gelu: bool = False) -> Path:

@@ -5,10 +5,13 @@
 3. `round_weights` rounds weights so that their errors cancel, in place of each to its nearest.
 
 None needs a calibration step of the user's: 2 and 3 look at some of our own *training* headlines, or at `--texts`.
+On the way it notes from where to where the input of every product reaches, which `--static` makes constants of.
 """
 
 import copy
+import math
 
+from lab04 import LabError
 from lab04.read import texts
 from lab04.read.classifier import Classifier, by_length
 
@@ -23,6 +26,7 @@ VALUES = {
     "attention.output.module.dense": "attention.self.value",
     "attention.out_lin": "attention.v_lin",
 }
+RANGE_MARGIN = 1.0  # a static range is this many times as wide as what was seen (docs/int8.md, "Static or dynamic?")
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper: inputs of headlines do not span all columns
 
 
@@ -52,7 +56,7 @@ def trimmed(model, batch: dict):
         trim_last_layer(network)
         with torch.inference_mode():
             same = torch.allclose(network(**batch).logits, model(**batch).logits, atol=1e-4)
-    except (AttributeError, TypeError, RuntimeError):  # its layers have other parts, or hand over other shapes
+    except Exception:  # its layers have other parts, or hand over other shapes, each network in its own way
         same = False
     return network if same else copy.deepcopy(model)
 
@@ -169,17 +173,23 @@ def round_weights(network, batches: list[dict]) -> None:
     Rounding to the nearest changes a layer's output by the sum of all the errors. Rounding column by column, and
     letting the columns still to come make good what was lost, halves the change for inputs like those of `batches`,
     of which only the second moments are used. Method: Frantar et al., "GPTQ", arXiv:2210.17323, here with 7 bits and
-    one scale a row.
+    one scale a row. Raises LabError if an input is infinite or no number.
+
+    Every Linear keeps as `input_range` the smallest and the largest entry that its input had, 0 always among them.
     """
     from tqdm import tqdm
 
     moments: dict = {}
 
-    def add_moments(module, inputs):
+    def look(module, inputs):
         rows = inputs[0].flatten(0, -2)
         moments[module] = moments.get(module, 0) + rows.T @ rows
+        low, high = getattr(module, "input_range", (0.0, 0.0))
+        module.input_range = min(low, float(rows.min())), max(high, float(rows.max()))
 
-    observe(network, batches, add_moments)
+    observe(network, batches, look)
+    if not all(moment.isfinite().all() for moment in moments.values()):
+        raise LabError("this model's activations are infinite or no numbers on typical texts: no INT8 scale spans them")
     # A BERT-base takes minutes: a bar on a terminal, nothing elsewhere.
     for module, moment in tqdm(moments.items(), "   rounding", unit=" matrices", disable=None, leave=False):
         module.weight.data = round_matrix(module.weight.data, moment)
@@ -215,3 +225,19 @@ def round_matrix(weight, moment):
             errors[column - start] = error
         columns[end:] -= inverse[start:end, end:].T @ errors
     return rounded[order.argsort()].T.contiguous()
+
+
+def scale_and_zero_point(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of an input of 0..255 that reaches from `low` to `high`: value = scale * (number - zero).
+
+    Raises LabError if there is no such range, as where all typical inputs were 0.
+    """
+    scale = RANGE_MARGIN * (high - low) / 255
+    if not 0 < scale < math.inf:
+        raise LabError(f"an input of this model reaches from {low} to {high} on typical texts: build without --static")
+    return scale, round(-low * RANGE_MARGIN / scale)
+
+
+def input_ranges(network) -> dict[str, list[float]]:
+    """The smallest and the largest entry of the input of every Linear by its name, for the manifest."""
+    return {name: list(part.input_range) for name, part in network.named_modules() if hasattr(part, "input_range")}

@@ -1,99 +1,191 @@
-"""PyTorch INT8 compiled for the processor it stands on, `lab04-torch.py --this-cpu`: build it, and open it.
+"""`lab04-torch.py --this-cpu`: the prepared network for the INT8 engine, and the engine compiled for this processor.
 
-torch.export and AOTInductor, which PyTorch recommends in TorchScript's place (pytorch/pytorch#184982), turn the network
-into C++ around this processor's INT8 instructions: the same rounded weights, the same activations.
+Knows the classifiers of BERT, DistilBERT, RoBERTa and ELECTRA; what it does not know it refuses by name, and the
+portable artefacts serve it.
 """
 
+import json
 import shutil
-import tempfile
+import subprocess
 from pathlib import Path
+
+import numpy as np
 
 from lab04 import LabError
 from lab04.quantise import preparation
-from lab04.quantise.torch_int8 import give_logits, looked_up
-from lab04.read.classifier import Classifier
-from lab04.run.this_cpu import describe
+from lab04.run import int8_engine
 
-MODEL_FILE = "model_int8.pt2"
-INSTRUCTIONS = {"avx512_vnni", "amx_int8"}  # without either, the portable artefact is the faster one
-SETTINGS = {
-    "freezing": True,  # packs the weights while compiling
-    "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP",  # oneDNN's products take twice as long for one headline
-    "realize_opcount_threshold": 4,  # GELU is else computed twice: to find its range, and to quantise it
-    "aot_inductor.precompile_headers": False,  # else they stay behind in the temporary folder
-    "cpp.dynamic_threads": True,  # as many threads as whoever opens it asks for
+COMPILER = "g++"
+FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"]
+FLAGS += ["-ffinite-math-only", "-fno-signed-zeros", "-fno-math-errno"]  # minima and roots by one instruction each
+ACTIVATIONS = {  # by the names of `transformers`, as the engine numbers them
+    "gelu": 1,
+    "gelu_python": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "gelu_python_tanh": 2,
+    "gelu_fast": 2,
 }
+TANH, RELU = 3, 4
 
 
 def check_here() -> None:
-    """Raise LabError unless this machine can compile code that is worth it."""
-    if not INSTRUCTIONS & set(describe()["flags"]):
-        raise LabError("--this-cpu needs a processor with AVX512-VNNI or AMX: on others the plain artefact is faster")
-    if not shutil.which("g++"):
+    """Raise LabError unless this machine can compile the engine and tell what processor it has."""
+    if not shutil.which(COMPILER):
         raise LabError("--this-cpu needs a C++ compiler: sudo apt install g++")
+    if not int8_engine.processor_flags():
+        raise LabError("--this-cpu needs Linux, whose /proc/cpuinfo names the processor's flags")
 
 
-def compile_network(prepared, fp32: Classifier) -> bytes:
-    """The archive of a prepared network, right for any batch and length."""
-    import torch
-    from torch._inductor.utils import fresh_cache
-
-    network, inputs = give_logits(rewrite(prepared, looked_up(prepared), preparation.STEPS), fp32)
-    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    with torch.no_grad(), fresh_cache(), tempfile.TemporaryDirectory() as scratch:
-        exported = torch.export.export(network, inputs, dynamic_shapes=((free,) * len(inputs),))
-        archive = Path(scratch) / MODEL_FILE
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(archive), inductor_configs=SETTINGS)
-        return archive.read_bytes()
+def build(network, folder: Path) -> dict:
+    """Write weights file and engine of a prepared network into a folder. Returns what its manifest must say of them."""
+    write_weights(network, folder / int8_engine.WEIGHTS_FILE)
+    compile_engine(folder / int8_engine.LIBRARY_FILE)
+    return {"compiled_for": {"library": int8_engine.LIBRARY_FILE, "flags": int8_engine.processor_flags()}}
 
 
-def rewrite(network, embeddings: list[str], steps: int):
-    """Write products, `embeddings` and GELU of a network in the forms that AOTInductor makes INT8 code of.
+def compile_engine(library: Path, *options: str) -> None:
+    """Compile the engine for this processor; `options` are further ones of g++. Raises LabError with its first line."""
+    done = subprocess.run(
+        [COMPILER, *FLAGS, *options, str(int8_engine.SOURCE), "-o", str(library)], capture_output=True, text=True
+    )
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise LabError(f"g++ cannot compile {int8_engine.SOURCE.name}: {said}")
 
-    A row's largest weight is `steps` steps, as `preparation` rounded it; embeddings get 8 bits a row.
-    """
-    import torch
-    import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers the operators below
-    from transformers.activations import GELUActivation
 
-    decomposed = torch.ops.quantized_decomposed
+def write_weights(network, file: Path) -> None:
+    """Write the weights file of a network that `preparation.prepare` gave. Raises LabError for an unknown part."""
+    from safetensors.numpy import save_file
 
-    class Product(torch.nn.Module):
-        def __init__(self, exact):
-            super().__init__()
-            self.scale = exact.weight.detach().abs().amax(1).clamp(min=1e-12) / steps
-            self.weight = torch.round(exact.weight.detach() / self.scale[:, None]).to(torch.int8)
-            self.zero, self.bias = torch.zeros_like(self.scale, dtype=torch.int64), exact.bias
+    shape, tensors = read_network(network)
+    wanted = int8_engine.layout(shape)
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise LabError("--this-cpu does not know this network's parts: use the portable artefact")
+    numbers = {name: getattr(shape, name) for name, *_ in shape._fields_}
+    save_file(tensors, file, metadata={"shape": json.dumps(numbers)})
 
-        def forward(self, x):
-            rows = x.reshape(-1, x.shape[-1])  # with more dimensions it would be oneDNN's slow path
-            low, high = rows.amin().clamp(max=0), rows.amax().clamp(min=0)
-            # By hand: choose_qparams gives a double, which the compiled product would store into a float.
-            scale = ((high - low) / 255).clamp(min=1e-8)
-            given = (scale, torch.round(-low / scale).clamp(0, 255).to(torch.int64), 0, 255, torch.uint8)
-            rows = decomposed.dequantize_per_tensor.tensor(decomposed.quantize_per_tensor.tensor(rows, *given), *given)
-            weight = decomposed.dequantize_per_channel(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
-            return torch.nn.functional.linear(rows, weight, self.bias).reshape(*x.shape[:-1], -1)
 
-    class Lookup(torch.nn.Module):
-        def __init__(self, exact):
-            super().__init__()
-            self.scale = exact.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            self.rows = torch.round(exact.weight.detach() / self.scale).to(torch.int8)
+def read_network(network) -> tuple[int8_engine.Shape, dict[str, np.ndarray]]:
+    """Shape and tensors of a prepared network. Raises LabError, saying what, for anything the engine cannot run."""
+    config, kind = network.config, type(network).__name__.removesuffix("ForSequenceClassification")
+    if kind not in ("Bert", "DistilBert", "Roberta", "Electra"):
+        raise unknown(f"a {type(network).__name__}")
+    distil = kind == "DistilBert"
+    activation = config.activation if distil else config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise unknown(f"the activation {activation}")
+    if (relative := getattr(config, "position_embedding_type", "absolute")) != "absolute":
+        raise unknown(f"{relative} positions")
+    body = network.base_model
+    embeddings = body.embeddings
+    tensors: dict[str, np.ndarray] = {}
+    tables = [embeddings.word_embeddings.weight, embeddings.position_embeddings.weight]
+    tables.append(tables[0][:1] * 0 if distil else embeddings.token_type_embeddings.weight)
+    for name, table in zip(("words", "positions", "types"), tables, strict=True):
+        tensors |= byte_rows(name, table)
+    tensors |= norm("norm", embeddings.LayerNorm)
+    if hasattr(body, "embeddings_project"):
+        tensors |= linear("project", body.embeddings_project)
+    layers = body.transformer.layer if distil else body.encoder.layer
+    for index, layer in enumerate(layers):
+        parts = distilbert_layer(layer) if distil else bert_layer(layer)
+        for name, part in parts.items():
+            make = norm if name.endswith("norm") else linear
+            tensors |= make(f"layers.{index}.{name}", *part if isinstance(part, tuple) else (part,))
+    head, classifier, head_activation = {
+        "Bert": lambda: (network.bert.pooler.dense, network.classifier, TANH),
+        "DistilBert": lambda: (network.pre_classifier, network.classifier, RELU),
+        "Roberta": lambda: (network.classifier.dense, network.classifier.out_proj, TANH),
+        "Electra": lambda: (network.classifier.dense, network.classifier.out_proj, ACTIVATIONS["gelu"]),
+    }[kind]()
+    tensors |= linear("head", head) | linear("classifier", classifier)
 
-        def forward(self, ids):
-            return self.rows[ids] * self.scale[ids]
+    hidden, heads = tensors["head.weight"].shape[0], config.num_attention_heads
+    padding = embeddings.position_embeddings.padding_idx if kind == "Roberta" else None
+    shape = int8_engine.Shape(
+        layers=len(layers),
+        hidden=hidden,
+        heads=heads,
+        intermediate=tensors["layers.0.up.weight"].shape[0],
+        labels=tensors["classifier.weight"].shape[0],
+        embedding=tables[0].shape[1],
+        words=len(tables[0]),
+        positions=len(tables[1]),
+        types=len(tables[2]),
+        first_position=0 if padding is None else padding + 1,
+        activation=ACTIVATIONS[activation],
+        head_activation=head_activation,
+        epsilon=embeddings.LayerNorm.eps,
+    )
+    for what, width in (("layers", hidden), ("embeddings", shape.embedding), ("inner layers", shape.intermediate)):
+        if width % 16:
+            raise unknown(f"{what} {width} wide, no multiple of 16")
+    if hidden % heads or hidden // heads % 16:
+        raise unknown(f"{heads} heads of {hidden / heads:g}, no multiple of 16")
+    return shape, tensors
 
-    class TanhGelu(torch.nn.Module):  # by way of the sigmoid, whose vector code is quicker than erf's
-        def __init__(self, _exact):
-            super().__init__()
 
-        def forward(self, x):
-            return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+def unknown(what: str) -> LabError:
+    """The refusal of a network with a part that the engine does not know."""
+    return LabError(f"--this-cpu does not know {what}: use the portable artefact, without --this-cpu")
 
-    for name, module in list(network.named_modules()):
-        kind = Lookup if name in embeddings else {torch.nn.Linear: Product, GELUActivation: TanhGelu}.get(type(module))
-        if kind:
-            network.set_submodule(name, kind(module))
-    return network
+
+def bert_layer(layer) -> dict:
+    """The parts of a layer of BERT, RoBERTa or ELECTRA, by the engine's names; of the last one also if trimmed."""
+    attention, output = layer.attention.self, getattr(layer.attention.output, "module", layer.attention.output)
+    return {
+        "query": attention.query,
+        "key_value": (attention.key, attention.value),
+        "output": output.dense,
+        "attention_norm": output.LayerNorm,
+        "up": layer.intermediate.dense,
+        "down": layer.output.dense,
+        "norm": layer.output.LayerNorm,
+    }
+
+
+def distilbert_layer(layer) -> dict:
+    """The parts of a layer of DistilBERT, by the engine's names; of the last one also if trimmed."""
+    attention = layer.attention
+    return {
+        "query": attention.q_lin,
+        "key_value": (attention.k_lin, attention.v_lin),
+        "output": attention.out_lin,
+        "attention_norm": getattr(layer.sa_layer_norm, "module", layer.sa_layer_norm),
+        "up": layer.ffn.lin1,
+        "down": layer.ffn.lin2,
+        "norm": layer.output_layer_norm,
+    }
+
+
+def linear(name: str, *modules) -> dict[str, np.ndarray]:
+    """Tensors of a Linear, or of several with the same input one below the other, whose weights are steps of 7 bits."""
+    scales = [getattr(module, "inverse_scale", None) for module in modules]
+    linears = [getattr(module, "linear", module) for module in modules]
+    weight = np.concatenate([module.weight.detach().numpy() for module in linears])
+    biases = [np.zeros(len(m.weight), np.float32) if m.bias is None else m.bias.detach().numpy() for m in linears]
+    scale = np.maximum(np.abs(weight).max(axis=1), 1e-12) / preparation.STEPS
+    input_scale = np.ones(weight.shape[1], np.float32) if scales[0] is None else scales[0].numpy()
+    for other in scales[1:]:
+        if not np.array_equal(input_scale, np.ones_like(input_scale) if other is None else other.numpy()):
+            raise unknown("keys and values whose inputs are scaled apart")
+    return {
+        f"{name}.weight": np.rint(weight / scale[:, None]).astype(np.int8),
+        f"{name}.scale": scale.astype(np.float32),
+        f"{name}.bias": np.concatenate(biases),
+        f"{name}.input_scale": input_scale,
+    }
+
+
+def norm(name: str, module) -> dict[str, np.ndarray]:
+    """Tensors of a LayerNorm."""
+    return {f"{name}.weight": module.weight.detach().numpy(), f"{name}.bias": module.bias.detach().numpy()}
+
+
+def byte_rows(name: str, table) -> dict[str, np.ndarray]:
+    """An embedding table with 8 bits and one scale a row, as the ONNX artefact's."""
+    table = table.detach().numpy()
+    scales = np.maximum(np.abs(table).max(axis=1), 1e-12) / 127
+    return {f"{name}.rows": np.rint(table / scales[:, None]).astype(np.int8), f"{name}.scales": scales}

@@ -1,9 +1,10 @@
-"""PyTorch dynamic INT8: quantise a prepared network, and freeze it to TorchScript."""
+"""PyTorch INT8, dynamic or static: quantise a prepared network, and freeze it to TorchScript."""
 
 import copy
 import platform
 import warnings
 
+from lab04 import LabError
 from lab04.quantise import preparation
 from lab04.read.classifier import Classifier
 from lab04.run import runtimes
@@ -11,17 +12,19 @@ from lab04.run import runtimes
 MODEL_FILE = "model_int8.pt"
 
 
-def choose_engine() -> str:
+def choose_engine(static: bool = False) -> str:
     """Select the kernel library as opening the artefact does. Raises LabError if this PyTorch has none."""
     import torch
 
-    engine = runtimes.quantised_engine(torch.backends.quantized.supported_engines, platform.machine())
+    engine = runtimes.quantised_engine(torch.backends.quantized.supported_engines, platform.machine(), static)
     torch.backends.quantized.engine = engine
     return engine
 
 
-def quantise(network):
-    """A copy of a classifier with rounded weights (`lab04.preparation`) in dynamic INT8 Linear and 8-bit Embedding.
+def quantise(network, static: bool = False):
+    """A copy of a classifier with rounded weights (`lab04.preparation`) in INT8 Linear and 8-bit Embedding.
+
+    `static`: with the `input_range` that preparation noted, else with each call's own.
 
     PyTorch's own dynamic Linear keeps 8-bit weights from saturating on CPUs without VNNI by giving the activations
     7 bits. They carry most of the error, so here the weights have the 7 and the activations all 8.
@@ -34,6 +37,13 @@ def quantise(network):
 
         def forward(self, x):
             return torch.ops.quantized.linear_dynamic(x, self._packed_params._packed_params, reduce_range=False)
+
+    class StaticLinear(torch.ao.nn.quantized.dynamic.Linear):
+        """INT8 Linear whose input has a constant scale and zero point."""
+
+        def forward(self, x):
+            product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+            return product(x, self.scale, self.zero_point, self._packed_params._packed_params)
 
     class ByteEmbedding(torch.ao.nn.quantized.Embedding):
         """8-bit Embedding that also takes expanded indices, such as the token types RoBERTa fills in by itself."""
@@ -56,8 +66,12 @@ def quantise(network):
         warnings.simplefilter("ignore")
         quantised = quantization.quantize_dynamic(copy.deepcopy(network), recipe)
     replacements = {torch.ao.nn.quantized.dynamic.Linear: DynamicLinear, torch.ao.nn.quantized.Embedding: ByteEmbedding}
-    for module in quantised.modules():
+    for name, module in quantised.named_modules():
         module.__class__ = replacements.get(type(module), type(module))
+        given = getattr(network.get_submodule(name), "input_range", None)
+        if static and given:  # a Linear that no headline reaches has none, and is in no trace
+            module.__class__ = StaticLinear
+            module.scale, module.zero_point = preparation.scale_and_zero_point(*given)
     return quantised
 
 
@@ -100,9 +114,16 @@ def give_logits(quantised, fp32: Classifier) -> tuple:
 
 
 def freeze(quantised, fp32: Classifier) -> bytes:
-    """The archive of a quantised network in frozen TorchScript, right for any batch size and length."""
+    """The archive of a quantised network in frozen TorchScript, right for any batch size and length.
+
+    Raises LabError if its code takes another way the second time it is run, as no recording can.
+    """
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer notices about shapes; the closing check covers other shapes
-        return torch.jit.freeze(torch.jit.trace(*give_logits(quantised, fp32))).save_to_buffer()
+        try:
+            return torch.jit.freeze(torch.jit.trace(*give_logits(quantised, fp32))).save_to_buffer()
+        except torch.jit.TracingCheckError as error:
+            kind = fp32.model.config.model_type
+            raise LabError(f"PyTorch cannot record a {kind!r} network: try python lab04-optimum.py") from error

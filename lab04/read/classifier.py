@@ -7,8 +7,6 @@ Only the scripts that train or build import this module; running an artefact nee
 import functools
 import hashlib
 import inspect
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from lab04 import ROOT, LabError, in_one_line
-from lab04.read.model_checks import check_finite, check_tokens
+from lab04.read.adapters import merge_adapter, read_adapter
+from lab04.read.model_checks import PROBES, check_finite, check_tokens
 from lab04.read.model_config import name_classes, read_config
-from lab04.read.model_files import Source, check_weights, find, listed, read_json, stored_shapes
+from lab04.read.model_files import Source, find, listed, read_json, stored_shapes
 
 MAX_TOKENS = 128  # longer than any headline; also the longest sequence the TensorRT engine is built for
 DEFAULT_MODEL = str(ROOT / "lora-news" / "adapter")
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-IN_BASE = "base_model.model."  # what peft writes before the name of a tensor
 TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 WRAPPERS = "_orig_mod.", "module."  # before each name in what torch.compile or DataParallel saved
 
@@ -123,12 +120,12 @@ def load(model: str = DEFAULT_MODEL, labels: str | None = None) -> Classifier:
     transformers_logging.set_verbosity_error()  # what they would say is in the loading report, which is read
     transformers_logging.disable_progress_bar()
     saved = read_adapter(source) if source.adapter else {}
-    config = read_config(source, saved)
+    config = read_config(source, saved, named=labels is not None)
     names = name_classes(config, labels, model)
     tokenizer = load_tokenizer(source, config)
     network = load_network(source, config, saved)
     if source.adapter:
-        network = merge_adapter(network, source, saved)
+        network = merge_adapter(network, source, saved, lambda it: Classifier(it, tokenizer, names, "").logits(PROBES))
     network.eval()
     network.config.id2label = dict(enumerate(names))
     network.config.label2id = {name: index for index, name in enumerate(names)}
@@ -188,64 +185,6 @@ def harmless(name: str, network, source: Source) -> bool:
     return source.adapter is not None and parts[0] not in encoder
 
 
-def read_adapter(source: Source) -> dict:
-    """The tensors of an adapter's file, by the name they have in the network for those that replace the network's.
-
-    Raises LabError if the file cannot be used, or the adapter is of a kind that has no place in the weights.
-    """
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
-    assert source.adapter
-    with in_one_line(f"cannot load the model {source.name}"):
-        kind = PeftConfig.from_pretrained(str(source.adapter))
-    if kind.is_prompt_learning:
-        raise LabError(
-            f"{source.name} is a {kind.peft_type.value} adapter: it lengthens the input and cannot be merged into the "
-            "weights; train LoRA instead"
-        )
-    check_weights(source.adapter, ADAPTER_WEIGHTS, source.name)
-    with in_one_line(f"cannot load the model {source.name}"):
-        saved = load_file(source.adapter / ADAPTER_WEIGHTS)
-    return {in_network(name): tensor for name, tensor in saved.items()}
-
-
-def merge_adapter(network, source: Source, saved: dict):
-    """The base network with the adapter and its saved head merged into plain weights.
-
-    Raises LabError unless every tensor of the adapter's file has a place in the network and every place is filled.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    own = set(network.state_dict())
-    with in_one_line(f"cannot load the model {source.name}"), warnings.catch_warnings():
-        # peft warns of keys that fit nothing, which are compared here, and of the base's path, which was resolved.
-        warnings.simplefilter("ignore", UserWarning)
-        logging.getLogger("peft").setLevel(logging.ERROR)
-        wrapped = PeftModel.from_pretrained(network, str(source.adapter))
-        # The adapter as peft would save it again: the names it has to be complete.
-        places = {in_network(name) for name in get_peft_model_state_dict(wrapped, save_embedding_layers=False)}
-    unplaced = sorted(saved.keys() - places - own)
-    if unplaced:
-        raise LabError(
-            f"{source.name} holds {listed(unplaced)}, which fit nothing in its base: was it trained on the bare "
-            "encoder, or on a compiled or wrapped model? Save it from the classifier itself"
-        )
-    unfilled = sorted(places - saved.keys())
-    if unfilled:
-        raise LabError(f"{source.name} lacks {listed(unfilled)}, which would be random: save the whole adapter")
-    try:
-        return wrapped.merge_and_unload()
-    except (NotImplementedError, AttributeError) as error:
-        kind = wrapped.active_peft_config.peft_type.value
-        raise LabError(f"{source.name} is a {kind} adapter, which cannot be merged into the weights") from error
-
-
-def in_network(name: str) -> str:
-    """The name in the plain network of a tensor that peft saved: for a head or an embedding, the network's own."""
-    return name.removeprefix(IN_BASE).replace(".base_layer.", ".")
-
-
 # --- The tokeniser ----------------------------------------------------------------------------------------
 
 
@@ -257,7 +196,10 @@ def load_tokenizer(source: Source, config):
     if place is None:
         raise LabError(f"{source.name} has no tokenizer (no tokenizer.json): save it with tokenizer.save_pretrained")
     settings = place / "tokenizer_config.json"
-    kind = read_json(settings, source.name).get("tokenizer_class") if settings.exists() else None
+    written = read_json(settings, source.name) if settings.exists() else {}
+    if written.get("auto_map"):
+        raise LabError(f"{source.name} has a tokenizer with code of its own (auto_map), which is not run")
+    kind = written.get("tokenizer_class")
     with in_one_line(f"cannot load the model {source.name}"):
         if kind == "TokenizersBackend" and (place / "tokenizer.json").exists():  # transformers 5; the file says it all
             tokenizer = PreTrainedTokenizerFast.from_pretrained(place)

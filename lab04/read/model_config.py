@@ -4,14 +4,16 @@ import copy
 from pathlib import Path
 
 from lab04 import LabError, in_one_line, said
-from lab04.read.model_checks import check_config
+from lab04.read.config_keys import check_asked_for, check_keys, of_this_version
+from lab04.read.model_checks import check_config, check_family
 from lab04.read.model_files import Source, read_json, stored_shapes
 
 
-def read_config(source: Source, saved: dict):
-    """The `transformers` configuration, with as many classes as the adapter's head has, in `saved`, if it has one."""
-    from transformers import AutoConfig
+def read_config(source: Source, saved: dict, named: bool = False):
+    """The `transformers` configuration, with as many classes as the adapter's head has, in `saved`, if it has one.
 
+    `named`: the user names the classes, so the names that config.json gives them need not be whole.
+    """
     model = source.name
     place = next((place for place in source.places if (place / "config.json").exists()), None)
     if place is None:
@@ -19,15 +21,18 @@ def read_config(source: Source, saved: dict):
     written = read_json(place / "config.json", model)
     if "model_type" not in written:  # transformers would guess it from the folder's name
         raise LabError(f"{model} has a config.json without model_type: it does not say which network it is")
+    check_asked_for(written, model, is_base=source.adapter is not None)
     counted = written.get("id2label")
     if isinstance(counted, dict) and sorted(counted) != sorted(map(str, range(len(counted)))):
-        raise LabError(
-            f"{model} does not number its labels 0 to {len(counted) - 1} in id2label: correct its config.json"
-        )
-    with in_one_line(f"cannot load the model {model}"):
-        # A model is data: no code from its folder or from the hub.
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not named:
+            raise LabError(
+                f"{model} does not number its labels 0 to {len(counted) - 1} in id2label: correct its config.json, "
+                "or name all classes in order with --labels a,b,…"
+            )
+        counted = written["id2label"] = written["label2id"] = None
+    config = build_config(written, model)
     check_config(config, model)
+    check_keys(of_this_version(written, model), config, model)
     # How the network hands over its results is the lab's business, whatever it was saved with.
     config.torchscript = config.output_hidden_states = config.output_attentions = False
     config.return_dict = True
@@ -42,6 +47,20 @@ def read_config(source: Source, saved: dict):
     if config.num_labels < 2:
         raise LabError(f"{model} has {config.num_labels} label: a classifier needs at least 2")
     return config
+
+
+def build_config(written: dict, model: str):
+    """The configuration of a config.json's content. No code from its folder or the hub: a model is data."""
+    import transformers
+
+    kind = str(written["model_type"])
+    if kind not in transformers.CONFIG_MAPPING:
+        raise LabError(
+            f"cannot load the model {model}: transformers {transformers.__version__} knows no network of type {kind!r}"
+        )
+    check_family(transformers.CONFIG_MAPPING[kind], model)
+    with in_one_line(f"cannot load the model {model}"):
+        return transformers.CONFIG_MAPPING[kind].from_dict(of_this_version(written, model))
 
 
 def known_sizes(config, size: str, known: dict) -> set[int]:

@@ -13,6 +13,7 @@ DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 # The packaged copy of DEFAULT_BASE must be the published file, or every figure of the lab is about other weights.
 DEFAULT_BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILES = [f"*model*.{ending}" for ending in ("safetensors", "bin", "h5", "msgpack", "ckpt", "onnx")]
 # What a hub repository is read for: no pickled weights, no code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -96,11 +97,12 @@ def find_adapter(folder: Path, model: str) -> Path | None:
     """The folder of the adapter: `folder`, or the one peft makes for an adapter with a name. None if there is none."""
     if (folder / ADAPTER_CONFIG).exists():
         return folder
-    if list(folder.glob("model*.safetensors")):
+    if any(list(folder.glob(pattern)) for pattern in MODEL_FILES):  # in whatever form: what is below it is another
         return None
     named = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
-    if len(named) > 1:
-        raise LabError(f"{model} holds {len(named)} adapters: choose one with --model {named[0]}")
+    if len(named) > 1 or (named and named[0].name.startswith("checkpoint-")):
+        count = "several adapters" if len(named) > 1 else "an adapter"
+        raise LabError(f"{model} holds {count} below it: choose one with --model {named[0]}")
     return named[0] if named else None
 
 

@@ -39,7 +39,7 @@ def choose(arguments: argparse.Namespace) -> Texts:
     file = arguments.texts
     if file is None:
         return Texts(None, held_out_headlines(), {"file": "the lab's own headlines"})
-    rows = headlines.read(file, **headlines.options(arguments))
+    rows = headlines.read(file, **headlines.options(arguments), no_labels=True)
     found = spread(row.text for row in itertools.islice(rows, MAX_ROWS))
     if len(found) < MIN_TEXTS:
         raise LabError(

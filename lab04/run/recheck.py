@@ -33,10 +33,11 @@ class RecheckedBackend(Backend):
     def logits(self, tokens: Tokens) -> np.ndarray:
         """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
         logits = self._quick.logits(tokens)
-        self.rechecked = gaps(logits) < self._threshold
-        if self.rechecked.any():
+        close = gaps(logits) < self._threshold
+        if close.any():
             logits = logits.copy()
-            logits[self.rechecked] = self._exact.logits({name: ids[self.rechecked] for name, ids in tokens.items()})
+            logits[close] = self._exact.logits({name: ids[close] for name, ids in tokens.items()})
+        self.rechecked = close
         return logits
 
     def close(self) -> None:

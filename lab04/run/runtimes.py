@@ -1,14 +1,16 @@
 """The runtimes behind one call: `logits(tokens) -> float32 [batch, labels]`.
 
 All knowledge of *running* an artefact is here. Every backend takes the same token ids and the same number of
-CPU threads; each imports its library only when it is opened.
+CPU threads; each imports its library only when it is opened. A backend on the CPU may be called by several threads.
 """
 
 import contextlib
+import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ DEFAULT_THREADS = 1
 # Headlines of one call. Between the layers, 64 of 16 tokens are 6 MB in FP32, more than a core's own cache holds:
 # larger parts were slower on every CPU tried (docs/int8.md).
 PART = 8
+# From this width on ONNX Runtime's products are worth splitting: with two threads within, a headline of BERT-base, 768
+# wide, took 14 ms in place of 26 (AMD Zen 4, the fastest of 181), one of MiniLM, 384 wide, 1.58 in place of 1.41.
+WIDE = 768
 X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 # How much another processor may move the known headlines' logits, as a share of what rounding moved them by. Seen of
 # our ONNX artefact: up to 0.24 on x86 with and without VNNI, on ARM and with ONNX Runtime 1.15 to 1.32; 0.72 with the
@@ -37,8 +42,7 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
 
     Raises `backend.Unavailable` if its library or device is not here, LabError if it answers otherwise than FP32 did.
     """
-    make = CompiledBackend if "this-cpu" in artefact.options else BACKENDS[artefact.backend]
-    backend = make(artefact, threads)
+    backend = open_runtime(artefact, threads)
     if recheck := artefact.manifest.get("recheck"):
         exact = OnnxRuntimeBackend(artefact, threads, artefact.folder / recheck["graph"])
         backend = RecheckedBackend(backend, exact, recheck["threshold"])
@@ -48,6 +52,15 @@ def open_backend(artefact: Artefact, threads: int = DEFAULT_THREADS):
         backend.close()
         raise
     return backend
+
+
+def open_runtime(artefact: Artefact, threads: int) -> Backend:
+    """The runtime of an artefact's own model, without the graph that may recheck it."""
+    if "this-cpu" in artefact.options:
+        from lab04.run.int8_engine import Int8EngineBackend
+
+        return Int8EngineBackend(artefact, threads)
+    return BACKENDS[artefact.backend](artefact, threads)
 
 
 def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
@@ -70,17 +83,17 @@ def check_known_headlines(artefact: Artefact, backend: Backend) -> None:
         )
 
 
-def quantised_engine(supported: list[str], machine: str) -> str:
+def quantised_engine(supported: list[str], machine: str, static: bool = False) -> str:
     """PyTorch's kernel library for a processor, of those this PyTorch supports. Never `onednn`: wrong labels on ARM.
 
-    machine: as `platform.machine()` says. Raises LabError if there is none.
+    machine: as `platform.machine()` says. Raises LabError if there is none; for `static` products only x86 has one.
     """
-    wanted = ("x86", "fbgemm") if machine.lower() in X86 else ("qnnpack",)
+    wanted = ("x86", "fbgemm") if machine.lower() in X86 else () if static else ("qnnpack",)
     for name in wanted:
         if name in supported:
             return name
     raise LabError(
-        f"this PyTorch has no quantised kernels for {machine} ({' or '.join(wanted)}): "
+        f"this PyTorch has no {'static ' * static}quantised kernels for {machine} ({' or '.join(wanted) or 'x86'}): "
         "use the ONNX artefact, lab04-optimum.py"
     )
 
@@ -93,66 +106,79 @@ def open_fp16_check(artefact: Artefact, threads: int = DEFAULT_THREADS):
     return OnnxRuntimeBackend(artefact, threads, artefact.folder / artefact.manifest["graph"])
 
 
-class TorchBackend(Backend):
-    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU."""
+class CpuBackend(Backend):
+    """A runtime on the CPU: `at_once` parts of a call run side by side, each in one thread, over one copy of weights.
+
+    The parts are the same for any number of threads, and so is what they give.
+    """
 
     device = "CPU"
+
+    def __init__(self, artefact: Artefact, at_once: int, prepare_thread: Callable[[], object] | None = None):
+        self._check = OutputCheck(artefact)
+        self._pool = ThreadPoolExecutor(at_once, "parts", prepare_thread)  # its threads start with the first batch
+        self._map = self._pool.map if at_once > 1 else map
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
+        return self._check(in_parts(self._run, tokens, self._map))
+
+    def _run(self, tokens: Tokens) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads of the parts."""
+        self._pool.shutdown()
+
+
+class TorchBackend(CpuBackend):
+    """Frozen TorchScript with dynamic INT8 Linear and 8-bit Embedding, on the CPU.
+
+    A call of one part has all `threads` to itself: on a quiet machine PyTorch was faster with two (docs/measuring.md).
+    """
 
     def __init__(self, artefact: Artefact, threads: int):
         import torch
 
         self._torch = torch
-        torch.set_num_threads(threads)
-        self._module = self.load(artefact)
-        self._names = artefact.manifest["tokenizer"]["inputs"]
-        self._check = OutputCheck(artefact)
-
-    def load(self, artefact: Artefact):
-        """The callable that takes token tensors in the order of the artefact's inputs and gives logits."""
+        torch.set_num_threads(threads)  # holds for this thread; those of the parts have one each
+        super().__init__(artefact, threads, lambda: torch.set_num_threads(1))
         # By where it is opened, not by where it was built: the packed weights are the same for every engine.
-        supported = self._torch.backends.quantized.supported_engines
-        self._torch.backends.quantized.engine = quantised_engine(supported, platform.machine())
+        supported = torch.backends.quantized.supported_engines
+        torch.backends.quantized.engine = quantised_engine(supported, platform.machine(), "static" in artefact.options)
         with quiet_stderr():
-            return self._torch.jit.load(str(artefact.model_file), map_location="cpu")
-
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        return self._check(in_parts(self._run, tokens))
+            self._module = torch.jit.load(str(artefact.model_file), map_location="cpu")
+        self._names = artefact.manifest["tokenizer"]["inputs"]
 
     def _run(self, tokens: Tokens) -> np.ndarray:
         with self._torch.inference_mode():
             return self._module(*(self._torch.from_numpy(tokens[name]) for name in self._names)).numpy()
 
 
-class CompiledBackend(TorchBackend):
-    """INT8 compiled for one kind of processor (lab04/run/this_cpu.py)."""
+class OnnxRuntimeBackend(CpuBackend):
+    """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it.
 
-    def load(self, artefact: Artefact):
-        from lab04.run import this_cpu
-
-        return this_cpu.load(artefact)
-
-
-class OnnxRuntimeBackend(Backend):
-    """ONNX Runtime on the CPU; runs the INT8 artefact, or another `graph` when a check needs it."""
-
-    device = "CPU"
+    The parts of a wide network run one after another, each in all threads.
+    """
 
     def __init__(self, artefact: Artefact, threads: int, graph: Path | None = None):
         import onnxruntime
 
+        within = threads if is_wide(artefact) else 1  # a session has one number for all its calls
+        super().__init__(artefact, threads // within)
         self._session = onnxruntime.InferenceSession(
-            str(graph or artefact.model_file), session_options(threads), providers=["CPUExecutionProvider"]
+            str(graph or artefact.model_file), session_options(within), providers=["CPUExecutionProvider"]
         )
         self._names = [item.name for item in self._session.get_inputs()]
-        self._check = OutputCheck(artefact)
-
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]."""
-        return self._check(in_parts(self._run, tokens))
 
     def _run(self, tokens: Tokens) -> np.ndarray:
         return self._session.run(None, {name: tokens[name] for name in self._names})[0]
+
+
+def is_wide(artefact: Artefact) -> bool:
+    """Whether an artefact's network is as wide as BERT-base, by its config.json."""
+    config = json.loads((artefact.folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("hidden_size", config.get("dim", 0)) >= WIDE  # DistilBERT says dim
 
 
 def session_options(threads: int):
@@ -170,21 +196,35 @@ def session_options(threads: int):
     return options
 
 
-def in_parts(run: Callable[[Tokens], np.ndarray], tokens: Tokens) -> np.ndarray:
+def in_parts(
+    run: Callable[[Tokens], np.ndarray], tokens: Tokens, each: Callable[..., Iterable[np.ndarray]] = map
+) -> np.ndarray:
     """Logits of a batch of any size, PART headlines at a time, those of like length together and padded no further.
 
-    Padding past the longest of a part goes, on the right alone: on the left it moves a headline's positions.
+    each: calls `run` on every part and keeps their order, as `map` does. The longest go first, so that none is left to
+    run alone at the end. Padding past the longest of a part goes.
     """
+    tokens = from_the_left(tokens)
     if len(tokens["input_ids"]) <= PART:
         return run(tokens)
     lengths = tokens["attention_mask"].shape[1] - tokens["attention_mask"][:, ::-1].argmax(axis=1)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     parts = []
     for start in range(0, len(order), PART):
         rows = order[start : start + PART]
         longest = lengths[rows].max()
-        parts.append(run({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()}))
-    return np.concatenate(parts)[np.argsort(order)]
+        parts.append({name: np.ascontiguousarray(ids[rows, :longest]) for name, ids in tokens.items()})
+    return np.concatenate(list(each(run, parts)))[np.argsort(order)]
+
+
+def from_the_left(tokens: Tokens) -> Tokens:
+    """Rows that were filled up on the left, moved to where they stand alone: a padded position would move theirs."""
+    first = tokens["attention_mask"].argmax(axis=1)
+    if not first.any():
+        return tokens
+    width = tokens["attention_mask"].shape[1]
+    places = (np.arange(width) + first[:, None]) % width
+    return {name: np.take_along_axis(ids, places, axis=1) for name, ids in tokens.items()}
 
 
 @contextlib.contextmanager
