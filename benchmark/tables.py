@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)"
 NOT_MEASURED = "–"
 SLOWER_ARTEFACTS = ("082ad3e",)  # commits measured before the artefacts became faster; the by-CPU table marks them
 INT8 = ("torch-int8", "onnxruntime-int8")
-FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md")
+FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md", "examples/README.md")
 
 # The course lab this one follows, as its README states it: BERT-base, machine not named.
 ORIGINAL = {
@@ -332,6 +332,23 @@ def families(measured: dict) -> str:
     return table(head, rows)
 
 
+def elsewhere(measured: dict) -> str:
+    """What runs the ONNX artefact outside this Python, and how (benchmark/studies/elsewhere.py)."""
+    rows = [
+        [
+            row["title"],
+            row["versions"],
+            f"{row['same']} of {row['headlines']}",
+            f"{row['difference']:.1g}" if row["difference"] >= 1e-6 else "0",
+            "emulated" if row["emulated"] else f"{row['ms']:.1f}",
+        ]
+        for row in measured["targets"].values()
+    ]
+    head = ["where", "versions", "same labels", "largest difference of a probability", "ms a headline"]
+    hardware_ = environment.hardware_line(measured["environment"])
+    return f"Seen on {hardware_}. Labels and probabilities against Python's there.\n\n{table(head, rows)}"
+
+
 def original(measured: dict) -> str:
     """The course lab's own table, beside this run's rows for the same three backends."""
     threads = str(measured["settings"]["threads"][0])
@@ -416,6 +433,7 @@ TABLES = {
     "original": original,
     "ablation": ablation,
     "families": families,
+    "elsewhere": elsewhere,
     "serving": serving,
     "serving-run": serving_run,
     "serving-memory": serving_memory,

@@ -245,7 +245,7 @@ def test_a_rechecked_artefact_is_a_row_of_its_own(run_here, artefact_folder, tmp
     shutil.copy(folder / manifest["model_file"], folder / "second.onnx")
     files = manifest["files"] | {"second.onnx": contract.describe_file(folder / "second.onnx")}
     recheck = {"graph": "second.onnx", "threshold": 1e9}  # every headline runs again
-    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": recheck})
+    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": recheck, "check": {}})
     entries, measured = run_here("--artefacts", artefact_folder("onnx"), folder)
     plain, rechecked = (measured["backends"][name] for name in ("onnxruntime-int8", "onnxruntime-int8-recheck"))
     assert (plain["name"], rechecked["name"]) == ("ONNX Quantised", "ONNX Rechecked")
