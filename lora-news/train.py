@@ -325,4 +325,4 @@ def calibrate(network, merged: classifier.Classifier, dev_rows: list[dict]) -> N
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/train.txt")
