@@ -91,7 +91,7 @@ def read_ag_news_file(path: Path) -> list[dict]:
             raise LabError(f"{path} has no columns label and title, but {', '.join(header) or 'nothing'}")
     rows = []
     for line, cells in lines:
-        row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
+        row: dict = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
         label, title = AG_NEWS_CLASSES.get(row["label"], row["label"]), row["title"]
         if not title or label not in AG_NEWS_LABELS:
             raise LabError(f"{path}, line {line}: {label!r}, {title!r} is no label of AG News and its title")
