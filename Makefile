@@ -11,7 +11,7 @@ BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
 unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file examples pictures readme train clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file elsewhere examples pictures readme train clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,10 @@ bench-steps: .venv/installed-bench ## what each step of the INT8 preparation is 
 
 bench-families: .venv/installed-bench ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families
+
+elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 1 GB into .elsewhere/
+	$(RUN) -m benchmark.studies.elsewhere
+	$(RUN) -m pytest -rs tests/test_elsewhere.py
 
 examples: lab .venv/installed-bench ## what the README shows of single headlines, half a minute
 	$(RUN) -m benchmark.studies.single_headlines

@@ -17,7 +17,7 @@ from lab04 import LabError
 
 BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 TABLES = tables.OF_A_RUN | OF_A_STUDY
-FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md")
+FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md", "examples/README.md")
 
 
 def update(path: Path, root: Path) -> None:

@@ -135,7 +135,9 @@ class Run:
                 self.journal.append("backend", id=name, **facts)
 
     def measure_quality(self) -> None:
-        """Logits of every backend for all headlines, one at a time as `predict.py` runs them, then in batches."""
+        """Logits of every backend for all headlines, alone as `predict.py` runs them, then among random neighbours."""
+        order = random.Random(self.seed).sample(range(len(self.quality_texts)), len(self.quality_texts))
+        mixed = [self.quality_texts[index] for index in order]
         for name in progress(
             [name for name in self.alive() if not self.journal.find("logits", id=name)], "   backends"
         ):
@@ -143,8 +145,9 @@ class Run:
                 with self.process(name, self.threads[0]) as worker:
                     self.open(worker, name, self.threads[0])
                     self.journal.append("logits", id=name, **worker.ask("logits", texts=self.quality_texts))
-                    batched = worker.ask("logits_in_batches", texts=self.quality_texts, batch=NEIGHBOURS)
-                    self.journal.append("batched_logits", id=name, **batched)
+                    batched = worker.ask("logits_in_batches", texts=mixed, batch=NEIGHBOURS)
+                    rows = [row for _, row in sorted(zip(order, batched["logits"], strict=True))]
+                    self.journal.append("batched_logits", id=name, logits=rows)
             except LabError as error:
                 self.fail(name, error)
 

@@ -59,6 +59,23 @@ def python_versions(measured: dict) -> str:
     return table(["Python", "PyTorch", "tests passed", "failed", "not run", "commit"], rows)
 
 
+def elsewhere(measured: dict) -> str:
+    """What runs the ONNX artefact outside this Python, and how (benchmark/studies/elsewhere.py)."""
+    rows = [
+        [
+            row["title"],
+            row["versions"],
+            f"{row['same']} of {row['headlines']}",
+            f"{row['difference']:.1g}" if row["difference"] >= 1e-6 else "0",
+            "emulated" if row["emulated"] else f"{row['ms']:.1f}",
+        ]
+        for row in measured["targets"].values()
+    ]
+    head = ["where", "versions", "same labels", "largest difference of a probability", "ms a headline"]
+    seen_on = environment.hardware_line(measured["environment"])
+    return f"Seen on {seen_on}. Labels and probabilities against Python's there.\n\n{table(head, rows)}"
+
+
 def serving(measured: dict) -> str:
     """Answers/s, p50 and p99 by clients, of every server (benchmark/studies/serving.py)."""
     rows = [
@@ -120,6 +137,7 @@ OF_A_STUDY = {
     "families": families,
     "excerpt": excerpt,
     "python-versions": python_versions,
+    "elsewhere": elsewhere,
     "serving": serving,
     "serving-run": serving_run,
     "serving-memory": serving_memory,

@@ -75,6 +75,7 @@ def test_quick_run_measures_everything(quick_run):
     assert list(measured["backends"])[:4] == ["fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8"]
     for name in list(measured["backends"])[:4]:
         row = measured["backends"][name]
+        assert 0 <= row["batch_changed"] <= row["quality"]["headlines"] and row["batch_max_change"] >= 0
         assert row["reason"] is None
         assert row["quality"]["headlines"] == 40
         speed = row["latency"]["1"]
@@ -255,7 +256,7 @@ def test_a_rechecked_artefact_is_a_row_of_its_own(run_here, artefact_folder, tmp
     shutil.copy(folder / manifest["model_file"], folder / "second.onnx")
     files = manifest["files"] | {"second.onnx": contract.describe_file(folder / "second.onnx")}
     recheck = {"graph": "second.onnx", "threshold": 1e9}  # every headline runs again
-    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": recheck})
+    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": recheck, "check": {}})
     entries, measured = run_here("--artefacts", artefact_folder("onnx"), folder)
     plain, rechecked = (measured["backends"][name] for name in ("onnxruntime-int8", "onnxruntime-int8-recheck"))
     assert (plain["name"], rechecked["name"]) == ("ONNX Quantised", "ONNX Rechecked")
