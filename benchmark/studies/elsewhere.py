@@ -341,7 +341,9 @@ def compare(answers: list[dict], labels: list[str], expected: np.ndarray) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.elsewhere", description=console.first_line(__doc__)
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - TARGETS.keys():
