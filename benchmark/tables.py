@@ -346,7 +346,9 @@ def elsewhere(measured: dict) -> str:
     ]
     head = ["where", "versions", "same labels", "largest difference of a probability", "ms a headline"]
     hardware_ = environment.hardware_line(measured["environment"])
-    return f"Seen on {hardware_}. Labels and probabilities against Python's there; 0 is below 1e-6.\n\n{table(head, rows)}"
+    return (
+        f"Seen on {hardware_}. Labels and probabilities against Python's there; 0 is below 1e-6.\n\n{table(head, rows)}"
+    )
 
 
 def original(measured: dict) -> str:
