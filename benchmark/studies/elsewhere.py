@@ -300,7 +300,7 @@ TARGETS: dict[str, tuple[str, Callable[[bool], Target]]] = {
     "optimum": ("Optimum's `pipeline`", optimum),
     "oldest": ("an old ONNX Runtime", oldest),
     "arm": ("ARM64 Neoverse N1, emulated", arm),
-    "arm-sme": ("ARM64 with SME, emulated", arm_sme),
+    "arm-sme": ("ARM64 with SME, emulated, without KleidiAI", arm_sme),
 }
 EMULATED, EVERY = ("arm", "arm-sme"), 10  # an emulated processor is slow: every tenth headline
 
