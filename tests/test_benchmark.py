@@ -16,7 +16,7 @@ from conftest import ROOT, copy_model, run_benchmark, run_in_process
 from benchmark import __main__ as benchmark
 from benchmark import charts, environment, peers, results, run, tables, worker
 from benchmark.process import Process
-from benchmark.studies import families, pictures, steps
+from benchmark.studies import families, pictures, static, steps
 from lab04 import LabError, artefact
 from lab04.artefact import contract, sealing
 from lab04.quantise import preparation
@@ -446,6 +446,26 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
+def test_static_is_compared_with_dynamic_on_texts_near_and_far(
+    model_folder, artefact_folder, few_headlines, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(preparation, "EVERY", 400)
+    monkeypatch.setattr(static, "SOME", 12)
+    dynamic, model = artefact_folder("onnx", "minilm", 100), model_folder("minilm", 100)
+    assert run_in_process("lab04-optimum.py", "--static", "--model", model, "--output", tmp_path / "built") == 0
+    monkeypatch.setattr(static, "FOLDERS", [dynamic, tmp_path / "built", tmp_path / "none"])
+    arguments = ["--model", str(model), "--data", str(data), "--titles", str(data), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["static", *arguments])
+    static.main()
+    [folder] = (tmp_path / "out").iterdir()
+    rows = results.load(folder)["static"]
+    assert len({row["texts"] for row in rows}) == 6 and len(rows) == 12
+    for row in rows:
+        moved = max(change["batch_max_change"] for change in row["batches"].values())
+        assert (moved == 0) == (row["artefact"] == "ONNX Static") and row["error"] < 0.5
+    assert "| ONNX Static" in static.table({"static": rows})
+
+
 def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):
     small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
     monkeypatch.setattr(families, "MINILM", small)
@@ -483,10 +503,11 @@ def test_whole_numbers_are_those_the_runtime_computes():
 
 def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EVERY", 500)
+    monkeypatch.setattr(pictures, "NEIGHBOURS", 20)
     monkeypatch.setattr(sys, "argv", ["pictures", "--model", str(model_folder("bert", 9)), "--output", str(tmp_path)])
     pictures.main()
     names = [path.name for path in sorted(tmp_path.iterdir())]
-    assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
+    assert names == ["int8-headline.png", "int8-inputs.png", "int8-neighbour.png", "int8-weights.png"]
 
 
 def test_correct_labels_are_those_predict_printed(tmp_path):
