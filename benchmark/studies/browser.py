@@ -68,7 +68,8 @@ def main() -> None:
         server.server_close()
         page.reload()
         page.wait_for_selector(DONE, state="attached", timeout=120_000)
-        assert ask(arguments.headlines[0])["probabilities"] == answers[0]["probabilities"], "other answers offline"
+        again = ask(arguments.headlines[0])
+        assert again and answers[0] and again["probabilities"] == answers[0]["probabilities"], "other answers offline"
         browser.close()
     for answer in answers:
         print(json.dumps(answer))

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def need(*programs: str) -> None:
             raise Missing(f"no {program} on this machine")
 
 
-def fetched(name: str, download: bool, fetch: Callable[[Path], None]) -> Path:
+def fetched(name: str, download: bool, fetch: Callable[[Path], object]) -> Path:
     """The folder .elsewhere/NAME, which `fetch` fills if it may. Raises Missing if it is not there or did not come."""
     folder, partial = CACHE / name, CACHE / f"{name}.partial"
     if folder.exists():
@@ -103,7 +103,7 @@ def pinned(*names: str) -> list[str]:
 
 # --- Targets: each gives the command that folder and headlines follow, its environment, and its versions ----------
 
-Target = tuple[list[object], dict[str, str], str]
+Target = tuple[Sequence[object], dict[str, str], str]
 
 
 def csharp(download: bool) -> Target:
@@ -312,10 +312,10 @@ def ask(target: Target, folder: Path, texts: list[str]) -> list[dict]:
     """The answers of a target: `probabilities` by label, `ms`, and `tokens` where it tells."""
     command, variables, _ = target
     environment_ = {**os.environ, **QUIET, **variables}
-    command = [str(part) for part in (*command, folder, *texts)]
-    done = subprocess.run(command, cwd=ROOT, env=environment_, capture_output=True, text=True, timeout=3600)
+    words = [str(part) for part in (*command, folder, *texts)]
+    done = subprocess.run(words, cwd=ROOT, env=environment_, capture_output=True, text=True, timeout=3600)
     if done.returncode:
-        raise LabError(f"{Path(command[0]).name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise LabError(f"{Path(words[0]).name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

@@ -28,7 +28,9 @@ def make_static(quantised: Path, fused: Path, network) -> None:
         if tensor not in ranges:
             raise LabError(f"the range of {tensor} in this model's graph is not known: build without --static")
         constants = zip((scale, zero_point), ranges[tensor], (np.float32, np.uint8), strict=True)
-        graph.initializer.extend(numpy_helper.from_array(np.array(value, kind), name) for name, value, kind in constants)
+        graph.initializer.extend(
+            numpy_helper.from_array(np.array(value, kind), name) for name, value, kind in constants
+        )
         replace(graph, node, [helper.make_node("QuantizeLinear", [tensor, scale, zero_point], [number])])
     join_products(graph)
     onnx.save(model, quantised)

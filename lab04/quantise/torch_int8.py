@@ -57,7 +57,7 @@ def quantise(network, static: bool = False):
         quant_min=-preparation.STEPS,
         quant_max=preparation.STEPS,
     )
-    recipe = {
+    recipe: dict = {
         torch.nn.Linear: quantization.QConfig(activation=quantization.default_dynamic_quant_observer, weight=weights),
         **dict.fromkeys(looked_up(network), quantization.float_qparams_weight_only_qconfig),
     }
@@ -66,9 +66,10 @@ def quantise(network, static: bool = False):
         warnings.simplefilter("ignore")
         quantised = quantization.quantize_dynamic(copy.deepcopy(network), recipe)
     replacements = {torch.ao.nn.quantized.dynamic.Linear: DynamicLinear, torch.ao.nn.quantized.Embedding: ByteEmbedding}
+    prepared = dict(network.named_modules())
     for name, module in quantised.named_modules():
         module.__class__ = replacements.get(type(module), type(module))
-        given = getattr(network.get_submodule(name), "input_range", None)
+        given = getattr(prepared.get(name), "input_range", None)
         if static and given:  # a Linear that no headline reaches has none, and is in no trace
             module.__class__ = StaticLinear
             module.scale, module.zero_point = preparation.scale_and_zero_point(*given)
