@@ -18,7 +18,7 @@ from benchmark import documents, environment, floor, journal, peers, results, ru
 from benchmark.charts import overview
 from benchmark.journal import Journal
 from benchmark.process import Process, WorkerFault
-from benchmark.studies import families, pictures, profile, steps
+from benchmark.studies import families, pictures, profile, static, steps
 from lab04 import LabError, artefact
 from lab04.artefact import contract, sealing
 from lab04.quantise import preparation, this_cpu
@@ -488,6 +488,26 @@ def test_ablation_adds_one_step_a_row(model_folder, data, tmp_path, monkeypatch)
     assert f"| {100 * measured[-1]['error']:.1f} |" in re.sub(" +", " ", filled)
 
 
+def test_static_is_compared_with_dynamic_on_texts_near_and_far(
+    model_folder, artefact_folder, few_headlines, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(preparation, "EVERY", 400)
+    monkeypatch.setattr(static, "SOME", 12)
+    dynamic, model = artefact_folder("onnx", "minilm", 100), model_folder("minilm", 100)
+    assert run_in_process("lab04-optimum.py", "--static", "--model", model, "--output", tmp_path / "built") == 0
+    monkeypatch.setattr(static, "FOLDERS", [dynamic, tmp_path / "built", tmp_path / "none"])
+    arguments = ["--model", str(model), "--data", str(data), "--titles", str(data), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["static", *arguments])
+    static.main()
+    [folder] = (tmp_path / "out").iterdir()
+    rows = results.load(folder)["static"]
+    assert len({row["texts"] for row in rows}) == 6 and len(rows) == 12
+    for row in rows:
+        moved = max(change["batch_max_change"] for change in row["batches"].values())
+        assert (moved == 0) == (row["artefact"] == "ONNX Static") and row["error"] < 0.5
+    assert "| ONNX Static" in static.table({"static": rows})
+
+
 def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):
     small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
     monkeypatch.setattr(families, "MINILM", small)
@@ -519,10 +539,11 @@ def test_whole_numbers_are_those_the_runtime_computes():
 
 def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EVERY", 500)
+    monkeypatch.setattr(pictures, "NEIGHBOURS", 20)
     monkeypatch.setattr(sys, "argv", ["pictures", "--model", str(model_folder("bert", 9)), "--output", str(tmp_path)])
     pictures.main()
     names = [path.name for path in sorted(tmp_path.iterdir())]
-    assert names == ["int8-headline.png", "int8-inputs.png", "int8-weights.png"]
+    assert names == ["int8-headline.png", "int8-inputs.png", "int8-neighbour.png", "int8-weights.png"]
 
 
 # --- Where the time goes ----------------------------------------------------------------------------------

@@ -175,3 +175,12 @@ def test_static_products_of_pytorch_need_an_x86_kernel(machine, static, expected
     assert runtimes.quantised_engine(supported, machine, static) == expected
     with pytest.raises(LabError, match="lab04-optimum.py"):
         runtimes.quantised_engine(supported, "aarch64", static=True)
+
+
+def test_recheck_sits_on_static_too(built):
+    item = artefact.load(built("lab04-optimum.py", "--static", "--recheck"))
+    assert item.options == ("static", "recheck") and item.title == "ONNX Static Rechecked"
+    assert all(low <= 0 <= high for low, high in item.manifest["static"].values())
+    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
+    alone = np.concatenate([backend.logits(tokenise([text])) for text in TEXTS])
+    assert (backend.logits(tokenise(TEXTS)).argmax(axis=1) == alone.argmax(axis=1)).all()

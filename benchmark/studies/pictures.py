@@ -1,6 +1,6 @@
 """The pictures of docs/int8.md, drawn from the lab's own weights: `python -m benchmark.studies.pictures`.
 
-Writes docs/int8-weights.png, docs/int8-inputs.png and docs/int8-headline.png. All three show one matrix product: the
+Writes int8-weights.png, int8-inputs.png, int8-headline.png and int8-neighbour.png. All show one matrix product: the
 one whose input has the largest entry, where rounding has most to lose.
 """
 
@@ -12,10 +12,11 @@ import numpy as np
 from lab04 import ROOT, console, labs, options
 from lab04.compare.charts import pyplot, save
 from lab04.quantise import preparation
-from lab04.read import classifier
+from lab04.read import classifier, texts
 
 HEADLINE = "Cybersecurity breach exposes NHS patient records"
 GREY, BEFORE, AFTER = "#777777", labs.ORANGE, labs.BLUE
+NEIGHBOURS = 300  # training headlines among which the neighbour of a picture is looked for
 SHOWN = 28  # weights or values of a close-up
 NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the steps would be too narrow to see
 
@@ -30,7 +31,12 @@ def main() -> None:
 
     product = Product(classifier.load(arguments.model, arguments.labels))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("weights", draw_weights), ("inputs", draw_inputs), ("headline", draw_headline)):
+    for name, draw in (
+        ("weights", draw_weights),
+        ("inputs", draw_inputs),
+        ("headline", draw_headline),
+        ("neighbour", draw_neighbour),
+    ):
         path = arguments.output / f"int8-{name}.png"
         save(draw(pyplot(), product), path)
         print(f"Wrote {path}")
@@ -40,7 +46,8 @@ class Product:
     """One matrix product of the network: its weights, and what its input looks like over typical headlines.
 
     weight [out, in]; moment [in, in] second moments of the input; largest [in] largest entry of each input column;
-    headline [tokens, in] its input for HEADLINE. All float32, before any preparation.
+    headline [tokens, in] its input for HEADLINE, neighbour that of the one of NEIGHBOURS training headlines whose input
+    reaches furthest once scaled. All float32, before any preparation.
     """
 
     def __init__(self, fp32: classifier.Classifier):
@@ -64,6 +71,19 @@ class Product:
         self.name = next(name for name, one in fp32.model.named_modules() if one is module)
         self.weight, self.moment = module.weight.data, moments[module]
         self.largest, self.headline = largest[module].numpy(), headline[module].numpy()
+        rows: list[np.ndarray] = []
+        some = texts.training_headlines()[:NEIGHBOURS]
+        preparation.observe(
+            fp32.model,
+            [fp32.encode([text]) for text in some],
+            lambda one, inputs: rows.append(inputs[0].flatten(0, -2).numpy()) if one is module else None,
+        )
+        furthest = max(range(len(rows)), key=lambda place: np.ptp(self.scaled(rows[place])))
+        self.neighbour, self.neighbour_text = rows[furthest], some[furthest]
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Values [tokens, in] after `preparation.scale_inputs`."""
+        return values / np.sqrt(np.maximum(self.largest, 1))
 
 
 def to_bytes(values: np.ndarray) -> tuple[np.ndarray, float, int]:
@@ -141,7 +161,7 @@ def draw_inputs(plt, product: Product):
 
 def draw_headline(plt, product: Product):
     """One headline's input as numbers 0..255: the scale is the width of a step, the zero point the number of 0."""
-    values = product.headline / np.sqrt(np.maximum(product.largest, 1))
+    values = product.scaled(product.headline)
     codes, scale, zero_point = to_bytes(values)
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 6.4), layout="constrained")
     above.hist(values.ravel(), bins=128, color=AFTER)
@@ -178,6 +198,34 @@ def draw_headline(plt, product: Product):
     below.legend(frameon=False, ncols=2, fontsize=9, loc="best")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_neighbour(plt, product: Product):
+    """The same few values of one headline on the steps it has alone, and on those it has beside a neighbour."""
+    values, other = product.scaled(product.headline), product.scaled(product.neighbour)
+    shown = values[0][np.abs(values[0]).argsort()[:SHOWN]]  # the smallest show what a step does
+    figure, panels = plt.subplots(2, 1, figsize=(10, 6.4), layout="constrained", sharex=True, sharey=True)
+    beside = f"Beside “{product.neighbour_text}”"
+    for axes, batch, title in zip(panels, (values, np.concatenate([values, other])), ("Alone", beside), strict=True):
+        _, scale, _ = to_bytes(batch)
+        back = scale * np.rint(shown / scale)
+        reach = int(np.abs(shown).max() / scale) + 1
+        for step in range(-reach, reach + 1):
+            axes.axhline(step * scale, color="#E4E4E4", linewidth=0.8, zorder=0)
+        place = np.arange(len(shown))
+        axes.vlines(place, shown, back, color=GREY, linewidth=1)
+        axes.scatter(place, shown, s=40, facecolors="none", edgecolors="black", label="FP32 value", zorder=3)
+        axes.scatter(place, back, s=26, marker="s", color=AFTER, label="the step it is stored as", zorder=2)
+        axes.set_title(
+            f"{title}: values from {batch.min():.2f} to {batch.max():.2f}, a step is {scale:.4f}",
+            loc="left",
+            fontsize=11,
+        )
+        axes.set_xticks([])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"“{HEADLINE}”: {len(shown)} of its inputs of one product", x=0.01, ha="left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from benchmark import environment, results
 from benchmark.measures import batch_change
 from lab04 import ROOT, LabError, artefact, console, labs, options
+from lab04.artefact import contract
 from lab04.compare.closing_check import run_alone, run_batches
 from lab04.read import classifier, headlines
 from lab04.read.texts import TEST_HEADLINES, held_out_headlines
@@ -62,6 +63,9 @@ def main() -> None:
     here = environment.describe()
     folder = arguments.output / environment.folder_name(here, "static")
     fp32 = classifier.load(arguments.model, arguments.labels)
+    contract.check_together(built)
+    if built[0].manifest["weights_sha256"] != fp32.weights_sha256:
+        raise LabError(f"{built[0].folder} comes from other weights than {arguments.model}: build it again from these")
     read = [row.text for row in headlines.read(arguments.data, **headlines.options(arguments))]
     kinds = {arguments.data.name: read} | dict(far_texts(fp32, arguments.titles))
     rows = [row for kind, texts in kinds.items() for row in compare(kind, texts, built, fp32)]
