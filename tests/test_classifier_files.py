@@ -20,6 +20,7 @@ from lab04.artefact import sealing
 from lab04.read import adapters, classifier
 
 WEIGHTS = "model.safetensors"
+BERT = "transformers.models.bert.modeling_bert"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90868376\n"
 
 
@@ -235,7 +236,8 @@ def test_adapter_over_layers_that_share_weights_is_refused(adapter):
     "written, reason",
     [
         ({"task_type": "TOKEN_CLS"}, "TOKEN_CLS"),
-        ({"auto_mapping": {"base_model_class": "MeanBert", "parent_library": "__main__"}}, "MeanBert"),
+        ({"auto_mapping": {"base_model_class": "MeanBert", "parent_library": "__main__"}}, "MeanBert of __main__"),
+        ({"auto_mapping": {"base_model_class": "BertForTokenClassification", "parent_library": BERT}}, "BertForToken"),
     ],
 )
 def test_adapter_of_another_task_or_class_is_refused(written, reason, adapter):

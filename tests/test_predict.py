@@ -311,6 +311,22 @@ def test_corrupt_artefact(rejected, onnx, tmp_path):
     assert f"{ROOT}/lab04-optimum.py --model " in line
 
 
+@pytest.mark.parametrize("headline", ["Rain", "Rain later", "Rain " * 100])
+def test_a_headline_after_the_artefacts_is_not_taken_for_one(headline, onnx, capfd):
+    assert run_in_process("predict.py", "--artefacts", onnx, headline) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert "put headlines before --artefacts" in line
+
+
+def test_labels_of_another_taxonomy_are_left_out(onnx, tmp_path, capfd):
+    (tmp_path / "rows.csv").write_text("text,label\nRain later,Weather\n")
+    arguments = ["--json", "--artefacts", onnx, "--file", tmp_path / "rows.csv"]
+    assert run_in_process("predict.py", *arguments) == 2
+    assert "--no-labels" in capfd.readouterr().err
+    assert run_in_process("predict.py", *arguments, "--no-labels") == 0
+    assert json.loads(capfd.readouterr().out)["label"] is None
+
+
 def test_artefacts_of_different_weights(rejected, onnx, artefact_folder):
     line = rejected("A headline", artefacts=[onnx, artefact_folder("torch", "bert", 9, 1)])
     assert "come from different weights" in line

@@ -2,7 +2,7 @@
 
 Each family gets a network in MiniLM's shape with random weights, for which no model hub is needed: speed depends on the
 shape alone. Its head is set so that labels differ from headline to headline. Both labs quantise it, and their own
-closing checks say the rest. Writes results/HARDWARE-families/results.json, which docs/measuring.md shows. Ten minutes.
+closing checks say the rest. Writes results/HARDWARE-families/results.json, which docs/measuring.md shows. 20 minutes.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark import environment, results, tables
+from benchmark import environment, results, study_tables
 from benchmark.studies.bert_base import LABELS
 from lab04 import ROOT, artefact, console
 from lab04.read import classifier, model_files
@@ -21,16 +21,25 @@ from lab04.read.texts import held_out_headlines
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 # As each is published where it differs from its configuration's defaults.
 DEBERTA_V3 = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 256, "share_att_key": True}
+ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
 FAMILIES: dict[str, dict] = {
     "bert": {},
     "distilbert": {"hidden_dim": 1536},
     "electra": {"embedding_size": 128},
-    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
-    "xlm-roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
-    "camembert": {"max_position_embeddings": 514, "type_vocab_size": 1},
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "data2vec-text": ROBERTA,
     "mpnet": {"max_position_embeddings": 514},
     "albert": {"embedding_size": 128},
+    "deberta": {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
     "deberta-v2": DEBERTA_V3 | {"type_vocab_size": 0, "position_biased_input": False, "norm_rel_ebd": "layer_norm"},
+    "roformer": {},
+    "rembert": {"input_embedding_size": 128, "output_embedding_size": 128},
+    "megatron-bert": {},
+    "mobilebert": {"embedding_size": 128, "intra_bottleneck_size": 96, "intermediate_size": 384},
+    "squeezebert": {"embedding_size": 384},
+    "big_bird": {},
     "modernbert": {"intermediate_size": 576},
 }
 INT8_LABS = {"torch": "lab04-torch.py", "onnxruntime": "lab04-optimum.py"}
@@ -38,7 +47,9 @@ LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.families", description=console.first_line(__doc__)
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
@@ -53,7 +64,7 @@ def main() -> None:
     measured = {"format": results.FORMAT, "environment": here, "families": rows}
     folder.mkdir(parents=True, exist_ok=True)
     results.save_json(folder / results.RESULTS, measured)
-    print(tables.families(measured))
+    print(study_tables.families(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
 
@@ -62,7 +73,14 @@ def measure(family: str, scratch: Path) -> dict:
     """A family's row: its size, and for each lab the figures of its closing check, or the line in which it refused."""
     row: dict = {"family": family, "parameters_m": build(family, scratch / "model")}
     for name, script in INT8_LABS.items():
-        command = [sys.executable, ROOT / script, "--model", scratch / "model", "--output", scratch / name]
+        command = [
+            sys.executable,
+            str(ROOT / script),
+            "--model",
+            str(scratch / "model"),
+            "--output",
+            str(scratch / name),
+        ]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
             row[name] = {"refused": ended.stderr.strip().splitlines()[-1]}
@@ -124,4 +142,4 @@ def decide_labels(network, tokenizer, texts: list[str], max_length: int) -> None
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

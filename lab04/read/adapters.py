@@ -44,11 +44,11 @@ def check_trained_on(written: dict, model: str) -> None:
     if written.get("task_type") in OTHER_TASKS:
         raise LabError(f"{model} is an adapter for {written['task_type']}, not for one label per text (SEQ_CLS)")
     trained_on = written.get("auto_mapping") or {}
-    parent = str(trained_on.get("parent_library") or "transformers")
-    if parent.split(".")[0] != "transformers":
+    parent, name = (str(trained_on.get(key) or "") for key in ("parent_library", "base_model_class"))
+    if name and not (parent.startswith("transformers.") and name.endswith("ForSequenceClassification")):
         raise LabError(
-            f"{model} was trained on the class {trained_on.get('base_model_class')} of {parent}: in transformers' own "
-            "the same weights would answer otherwise"
+            f"{model} was trained on a {name} of {parent}: in transformers' own classifier the same weights would "
+            "answer otherwise"
         )
 
 

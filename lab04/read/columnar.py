@@ -55,11 +55,12 @@ def class_names(schema) -> dict[str, list[str]]:
     """The names of classes that `datasets` writes beside columns of their numbers."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = written.get("info", {}).get("features", {})
-    return {column: kind["names"] for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    numbered = {name: kind for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
+    return {name: kind["names"] for name, kind in numbered.items() if kind.get("_type") == "ClassLabel"}
 
 
 def named(value, classes: list[str] | None):
     """A value; where a column has names of classes, the one of its number, or None for `datasets`' -1."""
-    if classes is None or value is None:
+    if classes is None or not isinstance(value, int) or value >= len(classes):
         return value
     return classes[value] if value >= 0 else None

@@ -91,8 +91,9 @@ def every_nth(layers: list, model: str) -> int:
 def check_keys(written: dict, config, model: str) -> None:
     """Raise LabError if config.json has a setting that neither its configuration class nor its network's code knows."""
     strange = sorted(key for key in written.keys() - known_keys(config) if not harmless(key, written[key]))
-    code = source(config)
-    strange = [key for key in strange if not re.search(rf"(config\.|[\"']){re.escape(key)}\b", code)]
+    if strange:
+        code = source(config)
+        strange = [key for key in strange if not re.search(rf"(config\.|[\"']){re.escape(key)}\b", code)]
     if strange:
         raise LabError(
             f"{model} has {listed(strange)} in its config.json, which this transformers does not know for "

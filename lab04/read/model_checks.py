@@ -5,9 +5,14 @@ from lab04.read.model_files import listed
 
 # Neither padding nor merging may move these. The last is as long as the model reads.
 PROBES = ["A headline", "Another and longer headline, of rather more words", "More of the same. " * 100]
-OF_PAGES = ("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm", "tapas")  # they read where a word stands too
-# Others were tried and came out right in neither INT8 lab: their code takes another way for every length or language.
-IN_VAIN = ("longformer", "reformer", "funnel", "xmod", "ernie_m")
+PAGES = "reads where on a page or in a table a word stands: the lab gives it texts alone"
+PADDED = "reads the padding of a batch as text, whatever the attention mask says"
+LENGTHS = "takes another way for other lengths or languages: no lab can make one graph of it"
+NOT_SERVED = {
+    **dict.fromkeys(("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm", "tapas"), PAGES),
+    **dict.fromkeys(("convbert", "fnet", "nystromformer", "yoso", "mra"), PADDED),
+    **dict.fromkeys(("longformer", "reformer", "funnel", "xmod", "ernie_m"), LENGTHS),
+}
 PADDING_TOLERANCE = 1e-3  # what padding may move an FP32 logit by, as a share of the largest
 
 
@@ -22,10 +27,8 @@ def check_family(family, model: str) -> None:
     kind = f"{model} is of type {family.model_type!r}"
     if family not in AutoModelForSequenceClassification._model_mapping:
         raise LabError(f"{kind}, for which there is no sequence classifier")
-    if family.model_type in OF_PAGES:
-        raise LabError(f"{kind}, which reads pages or tables: the lab gives a network texts alone")
-    if family.model_type in IN_VAIN:
-        raise LabError(f"{kind}, of which no lab can make one graph for every text: it takes BERT and its like")
+    if reason := NOT_SERVED.get(family.model_type):
+        raise LabError(f"{kind}, which {reason}. Take BERT or one of its like (README.md names them)")
     if family in MODEL_FOR_CAUSAL_LM_MAPPING and family not in MODEL_FOR_MASKED_LM_MAPPING:
         raise LabError(f"{kind}, made to continue texts: the lab takes encoders, such as BERT or ModernBERT")
 
@@ -77,9 +80,6 @@ def check_tokens(loaded, model: str) -> None:
         loaded.tokenizer.padding_side = side
         if padding_keeps_answers(loaded, model):
             return
-    set_by_model = getattr(loaded.model.config, "pad_token_id", None)
-    if set_by_model is None or set_by_model != loaded.tokenizer.pad_token_id:
-        raise LabError(f"{model} answers otherwise when a text is padded: set the padding token it was trained with")
     raise LabError(
         f"{model} is of type {loaded.model.config.model_type!r} and answers otherwise when a text is padded, as "
         "batches are: its network does not leave out what its attention mask hides. The lab cannot serve it"

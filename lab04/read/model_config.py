@@ -22,6 +22,8 @@ def read_config(source: Source, saved: dict, named: bool = False):
     if "model_type" not in written:  # transformers would guess it from the folder's name
         raise LabError(f"{model} has a config.json without model_type: it does not say which network it is")
     check_asked_for(written, model, is_base=source.adapter is not None)
+    if source.adapter and (source.base / "config.json").exists():
+        check_asked_for(read_json(source.base / "config.json", model), model, is_base=True)
     counted = written.get("id2label")
     if isinstance(counted, dict) and sorted(counted) != sorted(map(str, range(len(counted)))):
         if not named:
