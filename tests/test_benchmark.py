@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
-from benchmark import documents, environment, floor, journal, peers, results, run, tables, worker
+from benchmark import documents, environment, floor, journal, peers, results, run, study_tables, tables, worker
 from benchmark.charts import overview
 from benchmark.journal import Journal
 from benchmark.process import Process, WorkerFault
@@ -75,7 +75,7 @@ def test_quick_run_measures_everything(quick_run):
     assert list(measured["backends"])[:4] == ["fp32-torch", "fp32-onnx", "torch-int8", "onnxruntime-int8"]
     for name in list(measured["backends"])[:4]:
         row = measured["backends"][name]
-        assert 0 <= row["batch_changed"] <= row["quality"]["headlines"] and row["batch_max_change"] >= 0
+        assert 0 <= row["consistency"]["batch_changed"] <= row["quality"]["headlines"]
         assert row["reason"] is None
         assert row["quality"]["headlines"] == 40
         speed = row["latency"]["1"]
@@ -505,7 +505,7 @@ def test_static_is_compared_with_dynamic_on_texts_near_and_far(
     for row in rows:
         moved = max(change["batch_max_change"] for change in row["batches"].values())
         assert (moved == 0) == (row["artefact"] == "ONNX Static") and row["error"] < 0.5
-    assert "| ONNX Static" in static.table({"static": rows})
+    assert "| ONNX Static" in study_tables.static({"static": rows})
 
 
 def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):
