@@ -11,7 +11,7 @@ BERT_BASE := quantised-model-bert-base
 
 .DEFAULT_GOAL := help
 unexport PYTHONSAFEPATH # under it `python -m benchmark` is not found
-.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file readme clean
+.PHONY: help lab test bench bench-bert-base bench-peers bench-steps bench-families bench-file elsewhere examples pictures readme train clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,20 +22,20 @@ lab: quantised-model-torch/manifest.json quantised-model-optimum/manifest.json q
 	@$(RUN) predict.py
 	@echo "Wrote quantised-model-torch/ quantised-model-optimum/ quantised-model-tensorrt/ confidence_*.png, all in this folder"
 
-test: .venv/installed-tests ## lint and tests
+test: .venv/installed-tests ## lint, types and tests
 	$(RUN) -m pip check
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist loadfile # what one file's tests share is made once
 
-bench: lab ## measure quality and speed into results/, about ten minutes on a quiet machine
+bench: lab .venv/installed-bench ## measure quality and speed into results/, about ten minutes on a quiet machine
 	$(RUN) -m benchmark
 
-bench-peers: lab .venv/installed-peers ## the same beside what one would otherwise use
+bench-peers: lab .venv/installed-bench .venv/installed-peers ## the same beside what one would otherwise use
 	$(RUN) -m benchmark --peers --tag peers
 
-bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-base, with random weights
+bench-bert-base: .venv/installed-bench ## size and speed of the original lab's BERT-base, with random weights
 	$(RUN) -m benchmark.studies.bert_base models/bert-base
 	$(RUN) lab04-torch.py --model models/bert-base --output $(BERT_BASE)-torch
 	$(RUN) lab04-optimum.py --model models/bert-base --output $(BERT_BASE)-optimum
@@ -43,17 +43,30 @@ bench-bert-base: .venv/installed ## size and speed of the original lab's BERT-ba
 	$(RUN) -m benchmark --model models/bert-base --random-weights --tag bert-base \
 		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
 
-bench-steps: .venv/installed ## what each step of the INT8 preparation is worth
+bench-steps: .venv/installed-bench ## what each step of the INT8 preparation is worth
 	$(RUN) -m benchmark.studies.steps
 
-bench-families: .venv/installed ## which families of networks the INT8 labs serve, how fast and how faithfully
+bench-families: .venv/installed-bench ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families
 
-bench-file: lab ## a million headlines through predict.py --csv, on one core and on all: half an hour
+elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 1 GB into .elsewhere/
+	$(RUN) -m benchmark.studies.elsewhere
+	$(RUN) -m pytest -rs tests/test_elsewhere.py
+
+examples: lab .venv/installed-bench ## what the README shows of single headlines, half a minute
+	$(RUN) -m benchmark.studies.single_headlines
+
+pictures: .venv/installed-bench ## draw the pictures of docs/int8.md from our own weights
+	$(RUN) -m benchmark.studies.pictures
+
+bench-file: lab .venv/installed-bench ## a million headlines through predict.py --csv, on one core and on all: half an hour
 	$(RUN) -m benchmark.studies.million
 
 readme: .venv/installed ## write the figures of README.md and docs/ from results/
 	$(RUN) -m benchmark --readme
+
+train: .venv/installed-train ## train the adapter anew, with AG News from the hub
+	$(RUN) lora-news/train.py
 
 clean: ## remove what `make lab` wrote, but for the environment
 	rm -rf quantised-model-*/ confidence_*.png models/
@@ -76,10 +89,10 @@ quantised-model-tensorrt/manifest.json: lab04-nvidia.py $(ROOMS) $(WEIGHTS) .ven
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-tests: .venv/installed requirements/test.txt
-	$(PIP) -r requirements.txt -r requirements/test.txt
+.venv/installed-%: .venv/installed requirements/%.txt
+	$(PIP) -r requirements.txt -r requirements/$*.txt
 	@touch $@
 
-.venv/installed-peers: .venv/installed requirements/peers.txt
-	$(PIP) -r requirements.txt -r requirements/peers.txt
+.venv/installed-tests: .venv/installed requirements/test.txt requirements/bench.txt requirements/train.txt
+	$(PIP) -r requirements.txt -r requirements/bench.txt -r requirements/train.txt -r requirements/test.txt
 	@touch $@

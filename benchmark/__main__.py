@@ -15,8 +15,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmark import charts, environment, floor, results, tables
-from benchmark.run import ARTEFACTS, VARIANTS, Run
+from benchmark import charts, documents, environment, floor, journal, peers, results, tables
+from benchmark.journal import Journal
+from benchmark.rows import ARTEFACTS, VARIANTS
+from benchmark.run import Run
 from benchmark.studies import profile
 from lab04 import ROOT, LabError, console, options
 from lab04.read import headlines
@@ -28,8 +30,8 @@ CPU_ARTEFACTS = ARTEFACTS[:2]
 def main() -> None:
     arguments = parse_arguments()
     if arguments.readme:
-        for name in tables.FILES:
-            tables.update(ROOT / name, arguments.output)
+        for name in documents.FILES:
+            documents.update(ROOT / name, arguments.output)
         return
     if arguments.profile:
         profile.run(arguments.artefacts or CPU_ARTEFACTS, arguments.threads[0], arguments.output)
@@ -40,8 +42,8 @@ def main() -> None:
         floor.run(folders, texts, arguments.output)
         return
     if arguments.redraw:
-        if (arguments.redraw / results.JOURNAL).exists():
-            report(arguments.redraw, results.Journal(arguments.redraw / results.JOURNAL))
+        if (arguments.redraw / journal.FILE).exists():
+            report(arguments.redraw, Journal(arguments.redraw / journal.FILE))
         else:  # committed results have no journal, and charts need none
             for chart in charts.save_all(arguments.redraw, results.load(arguments.redraw)):
                 print(f"Wrote {chart}")
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(prog="python -m benchmark", description=console.first_line(__doc__))
     parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
     options.add_model_options(parser)
     parser.add_argument(
@@ -75,7 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a rough look in under a minute")
     parser.add_argument(
-        "--peers", nargs="*", metavar="NAME", help="measure other quantisers too (default: all of them)"
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help=f"measure other quantisers too (without a name: all): {', '.join(peers.PEERS)}",
     )
     parser.add_argument("--random-weights", action="store_true", help="the weights mean nothing: measure speed only")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
@@ -98,23 +103,35 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def report(folder: Path, journal: results.Journal, texts: list[str] | None = None) -> None:
+def report(folder: Path, run: Journal, texts: list[str] | None = None) -> None:
     """Write and print everything that follows from a journal, and, given its headlines, which of them changed.
 
     The journal itself holds none of the data.
     """
-    measured = results.write(folder, journal)
+    measured = results.write(folder, run)
     written = charts.save_all(folder, measured)
     print(f"\n{environment.hardware_line(measured['environment'])}\n")
-    print(tables.summary(measured))
+    for threads in map(str, measured["settings"]["threads"]):
+        print(f"{tables.summary(measured, threads)}\n")
+    print(f"Headlines a second, by batch size:\n\n{tables.throughput(measured)}")
     if texts is not None:
-        changed = [] if measured["settings"]["random_weights"] else results.changed_rows(journal, texts)
+        changed = [] if measured["settings"]["random_weights"] else results.changed_rows(run, texts)
         results.write_changed(folder, changed)
         if changed:
             print(f"\n{tables.changed(changed)}")
     print(f"\nWrote {folder / results.RESULTS}, CSV files and {len(written)} charts beside it")
-    console.suggest(f"python -m benchmark {'--readme' if measured['finished'] else '--resume'}")
+    suggest_next(measured)
+
+
+def suggest_next(measured: dict) -> None:
+    """What to do with the results: go on, put them into the documents, or, if they are no figures of ours, nothing."""
+    if not measured["finished"]:
+        console.suggest("python -m benchmark --resume")
+    elif reason := results.why_not_shown(measured):
+        print(f"This was {reason}: its figures go into no table of README.md or docs/")
+    else:
+        console.suggest("python -m benchmark --readme")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

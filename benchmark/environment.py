@@ -1,6 +1,7 @@
 """The machine and the software a result was measured with, found without being asked."""
 
 import contextlib
+import datetime
 import os
 import platform
 import re
@@ -35,6 +36,7 @@ def describe() -> dict:
 
     cpu = read_cpu()
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": cpu["name"],
         "isa": [name for flag, name in ISA_FLAGS.items() if flag in cpu["flags"]],
         "cores": usable_cores(),
@@ -56,7 +58,7 @@ def operating_system() -> str:
 
 def usable_cores() -> int:
     """Cores this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_cpu() -> dict:
@@ -122,10 +124,55 @@ def strongest(isa: list[str]) -> str:
     return next((name for name in reversed(ISA_FLAGS.values()) if name in isa and name != "AVX512-BF16"), "no INT8")
 
 
-def stolen_share(before: dict, after: dict) -> float | None:
-    """Share of CPU time between two `cpu_times` that the hypervisor gave to other machines; None if it cannot tell."""
-    total = sum(after.values()) - sum(before.values())
-    return (after["steal"] - before["steal"]) / total if total > 0 and "steal" in after else None
+class Watch:
+    """How quiet the machine is from here on: who else had its cores."""
+
+    def __init__(self):
+        self._before, self._ours, self._load = cpu_times(), own_seconds(), load_average()
+
+    def load(self) -> dict:
+        """What happened since: load averages over a minute, and shares of all cores' time that went elsewhere.
+
+        stolen_share: to other virtual machines, as the hypervisor says; others_share: to other processes of this one.
+        None where the system cannot tell.
+        """
+        after = cpu_times()
+        spent = {kind: after[kind] - self._before[kind] for kind in after}
+        total = sum(spent.values())
+        others = sum(spent.get(kind, 0) for kind in BUSY_KINDS) - (own_seconds() - self._ours)
+        return {
+            "load_average_start": self._load,
+            "load_average": load_average(),
+            "stolen_share": spent["steal"] / total if total > 0 and "steal" in spent else None,
+            "others_share": max(others, 0) / total if total > 0 else None,
+        }
+
+
+BUSY_KINDS = ("user", "nice", "system", "irq", "softirq")
+MOST_STOLEN, MOST_BY_OTHERS = 0.02, 0.10  # of all cores' time; above, a time says more of the neighbours than of us
+
+
+def busy(load: dict | None, cores: int) -> str:
+    """Why a run's times are those of a busy machine, in words; empty if it was quiet, or nothing is known.
+
+    At the end the run itself is part of the load average: up to a core each is its own.
+    """
+    load, reasons = load or {}, []
+    for key, when in (("load_average_start", "at the start"), ("load_average", "at the end")):
+        if (load.get(key) or 0) > cores + 0.5:
+            reasons.append(f"load average {load[key]:.1f} on {cores} cores {when}")
+    for key, most, who in (
+        ("stolen_share", MOST_STOLEN, "other virtual machines"),
+        ("others_share", MOST_BY_OTHERS, "other programs"),
+    ):
+        if (load.get(key) or 0) > most:
+            reasons.append(f"{who} took {load[key]:.0%} of the time")
+    return "; ".join(reasons)
+
+
+def load_average() -> float | None:
+    """Mean number of processes that wanted a core in the last minute; None on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_times() -> dict:
@@ -133,3 +180,11 @@ def cpu_times() -> dict:
     import psutil
 
     return psutil.cpu_times()._asdict()
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of the workers that have ended."""
+    import psutil
+
+    times = psutil.Process().cpu_times()
+    return times.user + times.system + times.children_user + times.children_system

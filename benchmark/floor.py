@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from benchmark import environment, results
 from lab04 import LabError, artefact
+from lab04.artefact import contract
 from lab04.quantise import this_cpu
 from lab04.run import runtimes
 
@@ -27,7 +28,7 @@ def run(artefacts: list[Path], texts: list[str], output: Path) -> None:
     """Measure the core and CPU artefact folders of one model on texts; print, and write the results folder."""
     here = environment.describe()
     built = [artefact.load(path) for path in artefacts]
-    artefact.check_together(built)
+    contract.check_together(built)
     counts = [int(artefact.Tokeniser(built[0])([text])["attention_mask"].sum()) for text in texts]
     config = json.loads((built[0].folder / "config.json").read_text(encoding="utf-8"))
     core = measure_core(weight_bytes(config))

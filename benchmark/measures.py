@@ -90,6 +90,18 @@ def consistency(reference: np.ndarray, logits: np.ndarray, truth: np.ndarray) ->
     }
 
 
+def batch_change(alone: np.ndarray, batched: np.ndarray) -> dict:
+    """What neighbours in a batch do to a backend's own answers: labels changed, largest change of any logit.
+
+    alone, batched: its logits [headlines, labels] for the same headlines. Dynamic INT8 takes the scale of an input
+    from the whole batch; what does not is changed by the order of additions alone.
+    """
+    return {
+        "batch_changed": int((alone.argmax(axis=1) != batched.argmax(axis=1)).sum()),
+        "batch_max_change": float(np.abs(alone - batched).max()),
+    }
+
+
 def macro_f1(truth: np.ndarray, predicted: np.ndarray, present: np.ndarray) -> float:
     """scikit-learn's macro-F1 over the labels `present` (a label with no row counts 0), quick enough to bootstrap."""
     size = int(max(truth.max(), predicted.max(), present.max())) + 1

@@ -1,7 +1,6 @@
 """From raw measurements to results.json and CSV.
 
-A run appends each finished piece of work to journal.jsonl, one JSON object a line; everything else in a results
-folder is derived from that file, so an interrupted run loses at most the piece it was in the middle of.
+Everything in a results folder is derived from the run's journal (benchmark/journal.py).
 """
 
 import csv
@@ -11,64 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import measures
+from benchmark import environment, measures
+from benchmark.journal import Journal
 from lab04 import LabError
 from lab04.artefact import contract
-from lab04.run import scores
-from lab04.run.scores import softmax
+from lab04.run.scores import gaps, softmax
 
 TIMES = ("mean_ms", *(f"p{percentile}_ms" for percentile in measures.PERCENTILES), "min_ms")
 
 FORMAT = 1
-JOURNAL, RESULTS, CHANGED = "journal.jsonl", "results.json", "changed.csv"
+RESULTS, CHANGED = "results.json", "changed.csv"
 GAP_BINS = 60
 REFERENCE = "fp32-torch"  # every speed-up and every agreement is against this row
 
 
-class Journal:
-    """The finished pieces of a run, in memory and on disk. A torn last line, from a killed run, is dropped."""
-
-    def __init__(self, path: Path):
-        self.path, self.entries = path, []
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    self.entries.append(json.loads(line))
-                except ValueError:
-                    break
-            self._rewrite()
-
-    def append(self, unit: str, **fields) -> None:
-        """Add a piece of work, on disk before this returns."""
-        self.entries.append({"unit": unit, **fields})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.entries[-1]) + "\n")
-
-    def find(self, unit: str, **fields) -> list[dict]:
-        """The entries of a kind whose fields have these values."""
-        return [
-            entry
-            for entry in self.entries
-            if entry["unit"] == unit and all(entry[name] == value for name, value in fields.items())
-        ]
-
-    def start_again(self) -> None:
-        """Forget everything."""
-        self.entries = []
-        self._rewrite()
-
-    def _rewrite(self) -> None:
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
-
-
 def summarise(journal: Journal) -> dict:
     """results.json of a journal: settings, environment, and every measure of every backend that has it so far."""
-    [start] = journal.find("start")
+    start = journal.find("start")[0]
     truth = np.array(start["truth"])
     logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
     failures = {entry["id"]: entry["reason"] for entry in journal.find("failed")}
-    gaps = scores.gaps(logits[REFERENCE]) if REFERENCE in logits else np.empty(0)
-    counts, edges = np.histogram(gaps, bins=GAP_BINS)
+    fp32_gaps = gaps(logits[REFERENCE]) if REFERENCE in logits else np.empty(0)
+    counts, edges = np.histogram(fp32_gaps, bins=GAP_BINS)
     rows = {}
     for backend in journal.find("backend"):
         name = backend["id"]
@@ -78,12 +41,15 @@ def summarise(journal: Journal) -> dict:
             row["quality"] = measures.quality(truth, logits[name], start["settings"]["labels"])
             if REFERENCE in logits:
                 row["consistency"] = measures.consistency(logits[REFERENCE], logits[name], truth)
-                row["changed_gaps"] = gaps[logits[name].argmax(axis=1) != logits[REFERENCE].argmax(axis=1)].tolist()
-            [entry] = journal.find("logits", id=name)
+                differ = logits[name].argmax(axis=1) != logits[REFERENCE].argmax(axis=1)
+                row["changed_gaps"] = fp32_gaps[differ].tolist()
+                for entry in journal.find("batched_logits", id=name)[-1:]:
+                    row["consistency"] |= measures.batch_change(logits[name], np.array(entry["logits"]))
+            entry = journal.find("logits", id=name)[-1]
             if "rechecked" in entry:
                 row["rechecked"] = entry["rechecked"] / len(truth)
         row["latency"] = summarise_latency(journal, name)
-        row["throughput"] = summarise_throughput(journal, name)
+        row["throughput"], row["throughput_range"] = summarise_throughput(journal, name)
         row["cold_start"] = summarise_cold_starts(journal, name)
     tokenisation = journal.find("tokenisation")
     return {
@@ -114,16 +80,20 @@ def summarise_latency(journal: Journal, name: str) -> dict:
     return summary
 
 
-def summarise_throughput(journal: Journal, name: str) -> dict:
-    """Per thread count and batch size: the median over rounds of headlines per second."""
-    samples = defaultdict(lambda: defaultdict(list))
+def summarise_throughput(journal: Journal, name: str) -> tuple[dict, dict]:
+    """Per thread count and batch size, over rounds: the median of headlines per second, and its least and most."""
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in journal.find("throughput"):
         for batch, per_second in entry["per_second"].get(name, {}).items():
             samples[str(entry["threads"])][batch].append(per_second)
-    return {
-        threads: {batch: float(np.median(batches[batch])) for batch in sorted(batches, key=int)}
-        for threads, batches in samples.items()
-    }
+
+    def over_rounds(summary):
+        return {
+            threads: {batch: summary(batches[batch]) for batch in sorted(batches, key=int)}
+            for threads, batches in samples.items()
+        }
+
+    return over_rounds(lambda rates: float(np.median(rates))), over_rounds(lambda rates: [min(rates), max(rates)])
 
 
 def summarise_cold_starts(journal: Journal, name: str) -> dict | None:
@@ -136,7 +106,7 @@ def summarise_cold_starts(journal: Journal, name: str) -> dict | None:
 
 
 def write(folder: Path, journal: Journal) -> dict:
-    """Write results.json and the CSV files of a journal; return the results."""
+    """Write results.json and the CSV files of a journal; return the results as `load` does."""
     results = summarise(journal)
     try:
         save_json(folder / RESULTS, results)
@@ -145,7 +115,7 @@ def write(folder: Path, journal: Journal) -> dict:
         write_csv(folder / "latency.csv", sample_rows(journal))
     except OSError as error:
         raise LabError(f"cannot write {folder}: {error.strerror}") from error
-    return results
+    return load(folder)
 
 
 def changed_rows(journal: Journal, texts: list[str]) -> list[dict]:
@@ -153,22 +123,26 @@ def changed_rows(journal: Journal, texts: list[str]) -> list[dict]:
 
     `texts` are the headlines of the quality stage. Scores are probabilities.
     """
-    [start] = journal.find("start")
+    start = journal.find("start")[0]
     labels, truth = start["settings"]["labels"], start["truth"]
     logits = {entry["id"]: np.array(entry["logits"]) for entry in journal.find("logits")}
     if REFERENCE not in logits:
         return []
-    scores = {name: softmax(values) for name, values in logits.items()}
+    probabilities = {name: softmax(values) for name, values in logits.items()}
     ids = {name: values.argmax(axis=1) for name, values in logits.items()}
     own = [row["id"] for row in journal.find("backend") if row["group"] in ("lab", "check") and row["id"] in logits]
-    gaps = scores.gaps(logits[REFERENCE])
+    fp32_gaps = gaps(logits[REFERENCE])
     changed = [index for index in range(len(texts)) if any(ids[name][index] != ids[REFERENCE][index] for name in own)]
     rows = []
-    for index in sorted(changed, key=lambda index: -gaps[index]):
-        row = {"headline": texts[index], "true_label": labels[truth[index]], "fp32_gap": round(float(gaps[index]), 4)}
+    for index in sorted(changed, key=lambda index: -fp32_gaps[index]):
+        row = {
+            "headline": texts[index],
+            "true_label": labels[truth[index]],
+            "fp32_gap": round(float(fp32_gaps[index]), 4),
+        }
         for name in [REFERENCE, *(name for name in logits if name != REFERENCE)]:
             best = ids[name][index]
-            row |= {f"{name}_label": labels[best], f"{name}_score": round(float(scores[name][index, best]), 4)}
+            row |= {f"{name}_label": labels[best], f"{name}_score": round(float(probabilities[name][index, best]), 4)}
         rows.append(row)
     return rows
 
@@ -183,14 +157,36 @@ def write_changed(folder: Path, rows: list[dict]) -> None:
 
 
 def load(folder: Path) -> dict:
-    """results.json of a folder. Raises LabError if it is missing or of another format."""
+    """results.json of a folder, with `floor_ms` if the floor of its machine was measured (benchmark/floor.py).
+
+    Raises LabError if it is missing or of another format.
+    """
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if results["format"] != FORMAT:
             raise ValueError(f"format {results['format']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"no readable {folder / RESULTS} ({error}): run python -m benchmark") from error
+    machine = results.get("environment")
+    floor = machine and folder.parent / environment.folder_name(machine, "floor") / RESULTS
+    if floor and floor.exists():
+        results["floor_ms"] = json.loads(floor.read_text(encoding="utf-8"))["floor_ms"]
     return results
+
+
+def ours(measured: dict) -> bool:
+    """Whether a run is of the adapter that the lab ships; of a stranger's model, no document may speak as of ours."""
+    settings = measured["settings"]
+    return settings.get("shipped", settings["model"] == "adapter")
+
+
+def why_not_shown(measured: dict) -> str:
+    """Why a run's figures go into no document, in words; empty if they may. Random weights show speed alone."""
+    if measured["settings"]["quick"]:
+        return "a quick look"
+    if not ours(measured) and not measured["settings"]["random_weights"]:
+        return "another model than the lab's"
+    return ""
 
 
 def save_json(path: Path, value: dict) -> None:

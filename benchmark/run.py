@@ -5,25 +5,23 @@ PyTorch in the same round, so that drift and neighbours cancel.
 """
 
 import argparse
-import os
 import random
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from benchmark import environment, results
+from benchmark import environment, peers
+from benchmark.journal import open_journal
 from benchmark.process import Process
-from lab04 import ROOT, LabError, artefact, labs
+from benchmark.rows import check_origin, list_rows, load_artefacts
+from lab04 import LabError, artefact
 from lab04.artefact import contract
-from lab04.read import headlines
+from lab04.read import classifier, headlines
 from lab04.run.backend import Unavailable
 
-ARTEFACTS = [ROOT / lab.folder for lab in labs.LABS]
-# Measured if they are there: what a lab's options make, in a folder of the lab's name and theirs.
-VARIANTS = [ROOT / "-".join((lab.folder, *options)) for lab in labs.LABS for options in lab.shown if options]
-
 # --- How much is measured ---------------------------------------------------------------------------------
-FULL = {
+FULL: dict[str, Any] = {
     "rounds": 80,  # of latency; the round is the unit that intervals resample
     "headlines_per_round": 25,
     "warm_ups": 3,  # calls before each round's block: another process had the caches
@@ -51,6 +49,9 @@ QUICK = FULL | {
 }
 
 
+NEIGHBOURS = 32  # headlines of a batch, where it is looked whether they change each other's labels
+
+
 class Run:
     """One run of the benchmark: what is measured, on what, and the journal it goes into."""
 
@@ -58,6 +59,7 @@ class Run:
         self.amounts = QUICK if arguments.quick else FULL
         self.threads, self.seed, self.scratch = arguments.threads, arguments.seed, scratch
         self.reference = scratch / "fp32"
+        self.rows: dict[str, dict] = {}
 
         print("1. Export the FP32 references")
         with self.process("export") as worker:
@@ -74,9 +76,12 @@ class Run:
         chosen = random.Random(self.seed).sample(range(len(truth)), len(truth))[: self.amounts["quality_headlines"]]
         self.quality_texts = [self.texts[index] for index in sorted(chosen)]
 
-        self.rows = self.list_rows(built, missing, arguments)
+        self.rows = list_rows(
+            built, missing, arguments.peers, self.reference, self.scratch, speed_only=arguments.random_weights
+        )
         settings = {
             "model": Path(arguments.model).name,
+            "shipped": Path(arguments.model).resolve() == Path(classifier.DEFAULT_MODEL).resolve(),
             "weights_sha256": exported.manifest["weights_sha256"],
             "labels": exported.labels,
             "data": arguments.data.name,
@@ -89,37 +94,16 @@ class Run:
             "amounts": self.amounts,
         }
         here = environment.describe()
-        self.folder = arguments.output / environment.folder_name(here, arguments.tag)
-        self.journal = open_journal(self.folder, settings, arguments)
+        self.folder = arguments.output / environment.folder_name(here, folder_tag(settings, arguments.tag))
+        self.journal = open_journal(self.folder, settings, arguments.resume, arguments.force)
         if not self.journal.entries:
             self.journal.append("start", settings=settings, environment=here, truth=[truth[i] for i in sorted(chosen)])
 
-    def list_rows(self, built: list[artefact.Artefact], missing: dict, arguments: argparse.Namespace) -> dict:
-        """Every row of the tables by its id: how to open it, and what results.json says of it."""
-        from benchmark import peers
-
-        rows = {}
-        for name, peer in peers.REFERENCES.items():
-            rows[name] = row(peer.name, peer.precision, "reference", name, self.reference)
-        for folder in built:
-            kind, precision = folder.backend, folder.manifest["precision"]
-            name = "-".join((kind, precision.lower(), *folder.options))
-            name = f"{name}-{folder.folder.name}" if name in rows else name
-            rows[name] = row(folder.title, precision, "lab", "artefact", folder.folder) | {"model_mb": folder.model_mb}
-            if kind == "tensorrt" and not arguments.random_weights:
-                # Whether or not an engine runs here: the graph it is built from, for its labels, not its speed.
-                rows[f"{name}-graph"] = row(labs.GRAPH_ON_CPU, precision, "check", "graph", folder.folder)
-        rows |= missing
-        for name in peers.PEERS if arguments.peers == [] else arguments.peers or []:
-            if name not in peers.PEERS:
-                raise LabError(f"unknown peer {name!r}: choose from {', '.join(peers.PEERS)}")
-            peer = peers.PEERS[name]
-            rows[name] = row(peer.name, peer.precision, "peer", name, self.scratch / name)
-        return rows
-
     def measure(self) -> None:
         """All stages; each skips what the journal already has."""
-        times = environment.cpu_times()
+        self.watch = environment.Watch()
+        if busy := environment.busy(self.watch.load(), environment.usable_cores()):
+            print(f"   This machine is busy ({busy}): times will be said to be of a busy machine")
         print("2. Build what is compared")
         self.build()
         if not self.journal.find("start")[0]["settings"]["random_weights"]:
@@ -130,16 +114,10 @@ class Run:
             self.measure_speed(threads)
         print("5. Cold starts and memory")
         self.measure_cold_starts()
-        load = {
-            "stolen_share": environment.stolen_share(times, environment.cpu_times()),
-            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        }
-        self.journal.append("end", load=load)
+        self.journal.append("end", load=self.watch.load())
 
     def build(self) -> None:
         """Build the peers and enter every row; one that cannot be built is a row with its reason."""
-        from benchmark import peers
-
         for name, spec in self.rows.items():
             try:
                 if spec["reason"]:
@@ -157,7 +135,9 @@ class Run:
                 self.journal.append("backend", id=name, **facts)
 
     def measure_quality(self) -> None:
-        """Logits of every backend for all headlines, one at a time as `predict.py` runs them."""
+        """Logits of every backend for all headlines, alone as `predict.py` runs them, then among random neighbours."""
+        order = random.Random(self.seed).sample(range(len(self.quality_texts)), len(self.quality_texts))
+        mixed = [self.quality_texts[index] for index in order]
         for name in progress(
             [name for name in self.alive() if not self.journal.find("logits", id=name)], "   backends"
         ):
@@ -165,6 +145,9 @@ class Run:
                 with self.process(name, self.threads[0]) as worker:
                     self.open(worker, name, self.threads[0])
                     self.journal.append("logits", id=name, **worker.ask("logits", texts=self.quality_texts))
+                    batched = worker.ask("logits_in_batches", texts=mixed, batch=NEIGHBOURS)
+                    rows = [row for _, row in sorted(zip(order, batched["logits"], strict=True))]
+                    self.journal.append("batched_logits", id=name, logits=rows)
             except LabError as error:
                 self.fail(name, error)
 
@@ -185,9 +168,9 @@ class Run:
     def rounds(self, unit: str, threads: int, most: int, least: int, workers: dict[str, Process]) -> None:
         """Run the rounds of a unit that the journal lacks, until there are `most`, or `least` and the time is up."""
         for number in progress(range(most), f"   {unit}"):
-            done = self.journal.find(unit, threads=threads)
-            spent = sum(entry["seconds"] for entry in done)
-            if number < len(done) or (number >= least and spent > self.amounts[f"{unit}_seconds"]):
+            spent = sum(entry["seconds"] for entry in self.journal.find(unit, threads=threads))
+            done = self.journal.find(unit, threads=threads, round=number)
+            if done or (number >= least and spent > self.amounts[f"{unit}_seconds"]):
                 continue
             started = time.perf_counter()
             entry = getattr(self, f"{unit}_round")(random.Random(f"{self.seed} {threads} {number}"), workers)
@@ -211,7 +194,7 @@ class Run:
         chance = random.Random(self.seed)
         texts = chance.choices(self.texts, k=self.amounts["throughput_headlines"])
         pairs = [(name, batch) for name in sorted(workers) for batch in self.amounts["batches"]]
-        per_second = {name: {} for name in workers}
+        per_second: dict[str, dict] = {name: {} for name in workers}
         for name, batch in _chance.sample(pairs, len(pairs)):
             if name in workers:
                 try:
@@ -254,7 +237,9 @@ class Run:
             return parts | worker.ask("memory")
 
     def process(self, name: str, threads: int = 1) -> Process:
-        return Process(self.scratch / f"{name}.log", threads)
+        """A worker for a row, or for a task of another name."""
+        forgiving = name in self.rows and self.rows[name]["group"] == "peer"
+        return Process(self.scratch / f"{name}.log", threads, forgiving)
 
     def open(self, worker: Process, name: str, threads: int) -> dict:
         spec = self.rows[name]
@@ -281,62 +266,10 @@ class Run:
             self.journal.append("failed", id=name, reason=str(error))
 
 
-def row(name: str, precision: str, group: str, runner: str, folder: Path) -> dict:
-    """A table row: its names, what the worker needs to open it, and room for its size or the reason it has none."""
-    return {
-        "name": name,
-        "precision": precision,
-        "group": group,
-        "runner": runner,
-        "folder": str(Path(folder).absolute()),
-        "model_mb": None,
-        "reason": None,
-    }
-
-
-def load_artefacts(folders: list[Path] | None) -> tuple[list[artefact.Artefact], dict]:
-    """The artefacts there are, and rows with a reason for the default ones that were never built."""
-    built, missing = [], {}
-    for folder in folders or [*ARTEFACTS, *filter(Path.exists, VARIANTS)]:
-        if not folders and not folder.exists():
-            [lab] = [lab for lab in labs.LABS if lab.folder == folder.name]
-            spec = row(lab.shown[()][0], lab.precision, "lab", "artefact", folder)
-            missing[lab.backend] = spec | {"reason": f"not built: run python {lab.script}"}
-        else:
-            built.append(artefact.load(folder))
-    if not built:
-        raise LabError("no artefacts to measure: run python lab04-torch.py and python lab04-optimum.py")
-    return built, missing
-
-
-def check_origin(exported: artefact.Artefact, built: list[artefact.Artefact], model: str) -> None:
-    """Raise LabError unless every artefact comes from the FP32 weights that it will be compared with."""
-    for folder in built:
-        if folder.manifest["weights_sha256"] != exported.manifest["weights_sha256"]:
-            raise LabError(
-                f"{folder.folder} was built from other weights than {model}: give the --model it was built from, or "
-                f"build it again from this one (it was: {folder.rebuild_command})"
-            )
-    contract.check_together([exported, *built])
-
-
-def open_journal(folder: Path, settings: dict, arguments: argparse.Namespace) -> results.Journal:
-    """The journal of a results folder, empty unless --resume. Raises LabError rather than lose or mix measurements."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        journal = results.Journal(folder / results.JOURNAL)
-    except OSError as error:
-        raise LabError(f"cannot write {folder}: {error.strerror}") from error
-    started = journal.find("start")
-    if arguments.resume and started:
-        differing = [key for key, value in settings.items() if started[0]["settings"].get(key) != value]
-        if differing:
-            raise LabError(f"cannot resume {folder}: other {', '.join(differing)}; discard it with --force")
-        return journal
-    if started and not journal.find("end") and not arguments.force:
-        raise LabError(f"{folder} holds an interrupted run: go on with --resume, or discard it with --force")
-    journal.start_again()
-    return journal
+def folder_tag(settings: dict, tag: str) -> str:
+    """What is added to a results folder's name: a look, or another model, never replaces a full run of ours."""
+    another = "" if tag or settings["shipped"] else settings["model"]
+    return " ".join(filter(None, (tag, another, "quick" * settings["quick"])))
 
 
 def progress(items, label: str):

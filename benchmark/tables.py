@@ -1,24 +1,14 @@
-"""The figures of README.md and docs/: every one is written by this module from results/*/results.json.
+"""The tables of one run, from its results.json: printed at its end, and shown by the documents.
 
-    <!-- results:FOLDER/TABLE --> … <!-- /results -->             one of TABLES, from results/FOLDER/results.json
-    <!-- results:all/by-cpu --> … <!-- /results -->               a row for every folder of results; or by-cpu-brief
-    <!-- results:FOLDER/backends.torch-int8.model_mb:.1f --> … <!-- /results -->      a single value in a sentence
-
-`python -m benchmark --readme` fills them in; a test fails when a file says anything else.
+A column of something that was not measured is left out, so that older results show what they have.
 """
 
-import json
-import re
-from pathlib import Path
+from collections.abc import Callable
 
 from benchmark import environment, results
-from lab04 import ROOT, LabError, one_line
-
-BLOCK = re.compile(r"(<!-- results:([^/\s]+)/(\S+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
-NOT_MEASURED = "–"
-SLOWER_ARTEFACTS = ("082ad3e",)  # commits measured before the artefacts became faster; the by-CPU table marks them
-INT8 = ("torch-int8", "onnxruntime-int8")
-FILES = ("README.md", "docs/measuring.md", "docs/int8.md", "docs/tensorrt.md", "docs/serving.md")
+from benchmark.markdown import NOT_MEASURED, figure, per_second, ratio, span, table
+from lab04 import one_line
+from lab04.compare.report import counted
 
 # The course lab this one follows, as its README states it: BERT-base, machine not named.
 ORIGINAL = {
@@ -26,111 +16,6 @@ ORIGINAL = {
     "onnxruntime": ("ONNX Quantised", 106, "~13", "3/3"),
     "tensorrt": ("TensorRT", 211, "~4", "0/3"),
 }
-
-
-def update(path: Path, root: Path) -> None:
-    """Fill a file in place. Raises LabError if it cannot be read or written."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        path.write_text(fill(text, root), encoding="utf-8")
-    except OSError as error:
-        raise LabError(f"cannot update {path}: {error.strerror}") from error
-    print(f"Wrote {path}")
-
-
-def fill(text: str, root: Path) -> str:
-    """The text with the content of every marked block made anew from the results below `root`."""
-
-    def replace(match: re.Match) -> str:
-        opening, folder, what, _, closing = match.groups()
-        if folder == "all":
-            return f"{opening}\n{by_cpu(root, brief=what == 'by-cpu-brief')}\n{closing}"
-        measured = results.load(root / folder) | {"printed": printed(root, folder)}
-        if what in TABLES:
-            return f"{opening}\n{TABLES[what](measured)}\n{closing}"
-        return f"{opening}{value(measured, what)}{closing}"
-
-    return BLOCK.sub(replace, text)
-
-
-def value(measured: dict, path: str) -> str:
-    """One value of results.json by dotted path and format: `backends.torch-int8.model_mb:.1f`."""
-    keys, _, form = path.partition(":")
-    found = measured
-    try:
-        for key in keys.split("."):
-            found = found[int(key)] if isinstance(found, list) else found[key]
-        return format(found, form)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LabError(
-            f"the text asks for {path}, which is neither in the results nor one of {', '.join(TABLES)}"
-        ) from error
-
-
-def printed(root: Path, folder: str) -> str:
-    """What `make lab` printed on the hardware of a folder; empty where that was not kept.
-
-    It is the make-lab.txt of the folder that bears the hardware's name alone, without a tag.
-    """
-    files = [path for path in root.glob("*/make-lab.txt") if folder.startswith(path.parent.name)]
-    return files[0].read_text(encoding="utf-8") if files else ""
-
-
-def correct_of_three(output: str) -> dict[str, str]:
-    """Right answers to the lab's three headlines by backend, from the summary that `predict.py` printed."""
-    found = re.findall(r"^(\S.*?)  .*?(\d+ of \d+)", output.partition("\nSummary: ")[2], re.MULTILINE)
-    return {name: count.replace(" of ", "/") for name, count in found}
-
-
-def excerpt(measured: dict) -> str:
-    """The first headline as `predict.py` printed it, of its first backend. Raises LabError if that was not kept."""
-    if "\nPredicting: " not in measured["printed"]:
-        raise LabError("no make-lab.txt beside these results: keep there what `make lab` prints")
-    paragraphs = measured["printed"].partition("\nPredicting: ")[2].split("\n\n")
-    return "\n\n".join(["```\nPredicting: " + paragraphs[0], *paragraphs[1:2]]) + "\n```"
-
-
-def by_cpu(root: Path, brief: bool = False) -> str:
-    """Every run on trained weights: machine, FP32 time, × of both INT8 back ends and of the best peer, best throughput.
-
-    Earlier weights and earlier artefacts are marked; `brief` leaves rows of the former out, and where rows come from.
-    """
-    trained = json.loads((ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
-    rows = []
-    for path in sorted(root.glob(f"*/{results.RESULTS}")):
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        if "backends" not in measured or "settings" not in measured or measured["settings"]["random_weights"]:
-            continue
-        settings, here, backends = measured["settings"], measured["environment"], measured["backends"]
-        threads = str(settings["threads"][0])
-        speeds = {name: row["latency"].get(threads, {}) for name, row in backends.items()}
-        peers = {name: speeds[name] for name, row in backends.items() if row["group"] == "peer" and speeds[name]}
-        best = max(peers, key=lambda name: peers[name].get("speed_up", 0), default=None)
-        rates = [
-            rate for name in INT8 for rate in backends.get(name, {}).get("throughput", {}).get(threads, {}).values()
-        ]
-        earlier = settings["weights_sha256"] != trained["weights_sha256"]
-        if earlier and brief:
-            continue
-        commit = here["git"]["commit"][:7] if here["git"] else NOT_MEASURED
-        data = settings["data"].split("_")[0].removesuffix(".csv")
-        rows.append(
-            [
-                f"{here['cpu']} ({environment.strongest(here['isa'])})",
-                data + ", earlier" * commit.startswith(SLOWER_ARTEFACTS),
-            ]
-            + [f"{speeds[results.REFERENCE].get('p50_ms', float('nan')):.1f}"]
-            + [ratio(speeds.get(name, {})) for name in INT8]
-            + [f"{ratio(peers[best])} {backends[best]['name']}" if best else NOT_MEASURED]
-            + [f"{max(rates):.0f}" if rates else NOT_MEASURED]
-            + [commit]
-            + [settings["weights_sha256"][:7] + " (earlier)" * earlier]
-        )
-    head = ["CPU", "data", "FP32 ms", "PyTorch", "ONNX", "best peer", "per s", "commit", "weights"]
-    return table(head[:-2], [row[:-2] for row in rows]) if brief else table(head, rows)
-
-
-# --- Tables -----------------------------------------------------------------------------------------------
 
 
 def hardware(measured: dict) -> str:
@@ -144,8 +29,8 @@ def hardware(measured: dict) -> str:
     commit = (
         f"commit {here['git']['commit'][:10]}{' with changes' * here['git']['dirty']}" if here["git"] else "no commit"
     )
-    stolen = load.get("stolen_share")
-    quiet = "" if stolen is None else f" Other virtual machines took {stolen:.1%} of its time during the run."
+    busy = environment.busy(load, here["cores"])
+    quiet = f" **The machine was busy**: {busy}." if busy else quiet_as_far_as_known(load)
     data = (
         "random weights, speed only"
         if settings["random_weights"]
@@ -157,63 +42,89 @@ def hardware(measured: dict) -> str:
     )
 
 
-def summary(measured: dict) -> str:
-    """Size, latency and speed-up at the first thread count, beside changed labels and macro-F1. Never speed alone."""
+def quiet_as_far_as_known(load: dict) -> str:
+    """What is on record of other users of the cores."""
+    shares = (("stolen_share", "other virtual machines"), ("others_share", "other programs"))
+    known = [f"by {who} {load[key]:.1%}" for key, who in shares if load.get(key) is not None]
+    return f" Taken of the cores' time during the run: {', '.join(known)}." if known else ""
+
+
+def summary(measured: dict, threads: str | None = None) -> str:
+    """Size, latency and speed-up at a thread count, the first by default, beside changed labels and macro-F1.
+
+    Never speed alone. Where they were measured: the share of the floor, and the labels that a batch changes.
+    """
     settings = measured["settings"]
-    threads, scored = str(settings["threads"][0]), not settings["random_weights"]
-    rows = []
-    for row in measured["backends"].values():
-        speed, quality, close = row["latency"].get(threads), row.get("quality"), row.get("consistency")
-        cells = [f"{row['name']} {row['precision']}", figure(row["model_mb"], ".1f")]
-        cells += [f"{speed['p50_ms']:.2f}", f"{speed['p95_ms']:.2f}", ratio(speed)] if speed else [NOT_MEASURED] * 3
-        if scored:
-            cells += [str(close["changed"]) if close else NOT_MEASURED]
-            cells += [f"{100 * quality['macro_f1']:.1f}" if quality else NOT_MEASURED]
-        rows.append(cells)
-    reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
-    rechecked = "".join(
-        f" {row['name']}: {row['rechecked']:.1%} of the headlines ran again in its second graph; its size is both's"
-        f"{mean_time(measured, row, threads)}."
+    threads, scored = threads or str(settings["threads"][0]), not settings["random_weights"]
+    columns = [column for column in COLUMNS if scored or column not in QUALITY_COLUMNS]
+    rows = [
+        [f"{row['name']} {row['precision']}"] + [cell(measured, row, threads) for cell in (COLUMNS[c] for c in columns)]
         for row in measured["backends"].values()
-        if "rechecked" in row
-    )
-    head = ["backend", "size (MB)", "p50 (ms)", "p95 (ms)", "speed"]
-    note = f"Batch 1, {threads} thread{'s' * (threads != '1')}, tokenisation apart; speed: PyTorch eager FP32 = 1"
-    if not scored:
-        return f"{table(head, rows)}\n\n{note}. The weights are random, so no accuracy is shown.{reasons}"
-    note += f"; changed: labels against FP32 PyTorch.{rechecked}"
-    return f"{table([*head, 'changed', 'macro-F1'], rows)}\n\n{note}{reasons}"
+    ]
+    note = f"Batch 1, {counted(int(threads), 'thread')}, tokenisation apart; speed: PyTorch eager FP32 = 1"
+    if scored:
+        note += f"; changed: labels against FP32 PyTorch.{''.join(rechecks(measured, threads))}"
+    else:
+        note += ". The weights are random, so no accuracy is shown."
+    reasons = [f"{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"]]
+    if busy := environment.busy(measured["load"], measured["environment"]["cores"]):
+        reasons.append(f"**Measured on a busy machine**: {busy}.")
+    return "\n\n".join([measured_columns(["backend", *columns], rows), note, *reasons])
 
 
-def mean_time(measured: dict, row: dict, threads: str) -> str:
-    """What rechecking costs on average, which percentiles do not show: the mean time beside plain ONNX INT8's."""
-    plain = measured["backends"].get(INT8[1], {"latency": {}})
-    times = [backend["latency"].get(threads, {}).get("mean_ms") for backend in (row, plain)]
-    return "; mean {:.2f} ms, without recheck {:.2f}".format(*times) if all(times) else ""
+COLUMNS: dict[str, Callable[[dict, dict, str], str]] = {
+    "size (MB)": lambda _, row, __: figure(row["model_mb"], ".1f"),
+    "p50 (ms)": lambda _, row, threads: time_of(row, threads, "p50_ms"),
+    "p95 (ms)": lambda _, row, threads: time_of(row, threads, "p95_ms"),
+    "speed": lambda _, row, threads: ratio(row["latency"].get(threads, {})),
+    "of the floor": lambda measured, row, threads: share_of_floor(measured, row, threads),
+    "changed": lambda _, row, __: figure(row.get("consistency", {}).get("changed"), "d"),
+    "changed by a batch": lambda _, row, __: figure(row.get("consistency", {}).get("batch_changed"), "d"),
+    "macro-F1": lambda _, row, __: figure(100 * row["quality"]["macro_f1"] if "quality" in row else None, ".1f"),
+}
+QUALITY_COLUMNS = ("changed", "changed by a batch", "macro-F1")
+NOT_ALWAYS_MEASURED = ("of the floor", "changed by a batch", "batch, max")
 
 
-def lab(measured: dict) -> str:
-    """The original lab's columns, and what quantisation cost on these headlines. Never speed alone."""
-    threads, rows, correct = str(measured["settings"]["threads"][0]), [], correct_of_three(measured["printed"])
-    for row in measured["backends"].values():
-        if row["group"] == "peer":
+def measured_columns(head: list[str], rows: list[list[str]]) -> str:
+    """A table without those of NOT_ALWAYS_MEASURED that no row has."""
+    kept = [
+        column
+        for column, name in enumerate(head)
+        if name not in NOT_ALWAYS_MEASURED or any(row[column] != NOT_MEASURED for row in rows)
+    ]
+    return table([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
+
+
+def time_of(row: dict, threads: str, measure: str) -> str:
+    return figure(row["latency"].get(threads, {}).get(measure), ".2f")
+
+
+def share_of_floor(measured: dict, row: dict, threads: str) -> str:
+    """The least time that this processor could take for the network's products, as a share of the median time."""
+    floor, speed = measured.get("floor_ms"), row["latency"].get(threads)
+    return f"{floor / speed['p50_ms']:.0%}" if floor and speed and threads == "1" else NOT_MEASURED
+
+
+def rechecks(measured: dict, threads: str) -> list[str]:
+    """What rechecking costs on average, which percentiles do not show: the mean time beside the plain artefact's."""
+    sentences = []
+    for name, row in measured["backends"].items():
+        if "rechecked" not in row:
             continue
-        speed, rates = row["latency"].get(threads), row["throughput"].get(threads, {})
-        quality, close = row.get("quality"), row.get("consistency")
-        rows.append(
-            [row["name"], row["precision"], "GPU" if row["name"] == "TensorRT" else "CPU"]
-            + [figure(row["model_mb"], ".1f"), figure(speed and speed["p50_ms"], ".2f"), figure(rates.get("1"), ".0f")]
-            + [correct.get(row["name"], NOT_MEASURED), str(close["changed"]) if close else NOT_MEASURED]
-            + [figure(quality and 100 * quality["macro_f1"], ".1f")]
+        plain = measured["backends"].get(name.removesuffix("-recheck"), {"latency": {}})
+        times = [backend["latency"].get(threads, {}).get("mean_ms") for backend in (row, plain)]
+        mean = "; mean {:.2f} ms, without recheck {:.2f}".format(*times) if all(times) else ""
+        sentences.append(
+            f" {row['name']}: {row['rechecked']:.1%} of the headlines ran again in its second graph; its size is "
+            f"both's{mean}."
         )
-    reasons = "".join(f"\n\n{row['name']}: {row['reason']}." for row in measured["backends"].values() if row["reason"])
-    head = ["backend", "precision", "device", "MB", "ms", "per s", "of the 3", "changed", "macro-F1"]
-    return table(head, rows) + reasons
+    return sentences
 
 
 def changed(rows: list[dict], most: int = 3) -> str:
     """The first of `results.changed_rows`: headline, FP32's label and the labels others gave it."""
-    lines = [f"Labels changed on {len(rows)} headlines, all in {results.CHANGED}; the clearest to FP32:"]
+    lines = [f"Labels changed on {counted(len(rows), 'headline')}, all in {results.CHANGED}; the clearest to FP32:"]
     for row in rows[:most]:
         fp32 = row[f"{results.REFERENCE}_label"]
         names = [key.removesuffix("_label") for key in row if key.endswith("_label") and key != "true_label"]
@@ -270,18 +181,26 @@ def consistency(measured: dict) -> str:
         + [f"{c['right_to_wrong']} / {c['wrong_to_right']}", f"{c['mcnemar_p']:.2f}"]
         + [f"{100 * c['macro_f1_change']:+.2f} ({span(c['macro_f1_change_interval'], '+.2f', 100)})"]
         + [f"{c['mean_change']:.4f} / {c['max_change']:.4f}", f"{c['kl']:.1e}"]
+        + [figure(c.get("batch_changed"), "d"), figure(c.get("batch_max_change"), ".3f")]
         for name, row in measured["backends"].items()
         if (c := row.get("consistency")) and name != results.REFERENCE
     ]
     head = ["backend", "precision", "agreement (95 %)", "changed", "right→wrong / wrong→right", "McNemar p"]
-    return table([*head, "macro-F1 change (95 %)", "probability change, mean / max", "KL (nats)"], rows)
+    head += [
+        "macro-F1 change (95 %)",
+        "probability change, mean / max",
+        "KL (nats)",
+        "changed by a batch",
+        "batch, max",
+    ]
+    return measured_columns(head, rows)
 
 
 def throughput(measured: dict) -> str:
     """Headlines per second by batch size and thread count."""
     batches = [str(batch) for batch in measured["settings"]["amounts"]["batches"]]
     rows = [
-        [row["name"], row["precision"], threads] + [figure(rates.get(batch), ".0f") for batch in batches]
+        [row["name"], row["precision"], threads] + [per_second(rates.get(batch)) for batch in batches]
         for row in measured["backends"].values()
         for threads, rates in row["throughput"].items()
     ]
@@ -301,43 +220,12 @@ def cold_start(measured: dict) -> str:
     return table([*head, "peak memory (MB)"], rows)
 
 
-def ablation(measured: dict) -> str:
-    """What each step of the INT8 preparation is worth (benchmark/steps.py)."""
-    rows = [
-        [row["step"], f"{100 * row['error']:.1f}", str(row["changed"]), f"{row['speed']:.2f}×"]
-        for row in measured["steps"]
-    ]
-    head = ["PyTorch INT8", "logit error (% of spread)", f"changed, of {measured['headlines']:,}", "speed"]
-    return table(head, rows)
-
-
-def ideas(measured: dict) -> str:
-    """What a headline costs without each of the engine's ideas."""
-    rows = [[row["idea"], *(figure(row["without"][batch], ".2f") for batch in ("1", "6"))] for row in measured["ideas"]]
-    return table(["without it, times as much CPU time", "batch 1", "batch 6"], rows)
-
-
-def families(measured: dict) -> str:
-    """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
-    rows = []
-    for row in measured["families"]:
-        served = [row[name] for name in ("torch", "onnxruntime")]
-        fp32 = [f"{check['fp32_ms']:.1f}" for check in served if "fp32_ms" in check]
-        cells = [row["family"], f"{row['parameters_m']:.0f}", fp32[0] if fp32 else NOT_MEASURED]
-        for check in served:
-            kept = "refused" if "refused" in check else f"{check['agreement']:.1%}"
-            cells += [ratio(check), kept]
-        rows.append(cells)
-    head = ["family", "M", "FP32 ms", "PyTorch", "same", "ONNX", "same"]
-    return table(head, rows)
-
-
 def original(measured: dict) -> str:
     """The course lab's own table, beside this run's rows for the same three backends."""
     threads = str(measured["settings"]["threads"][0])
     rows = []
     for kind, (name, size, milliseconds, correct) in ORIGINAL.items():
-        found = next(
+        found: dict = next(
             (row for key, row in measured["backends"].items() if key.startswith(kind) and row["group"] == "lab"), {}
         )
         ours = figure(found.get("latency", {}).get(threads, {}).get("p50_ms"), ".1f")
@@ -346,66 +234,8 @@ def original(measured: dict) -> str:
     return table([*head, "correct, original"], rows)
 
 
-def serving(measured: dict) -> str:
-    """Answers/s, p50 and p99 by clients, of every server (benchmark/studies/serving.py)."""
-    rows = [
-        [server["title"], str(row["clients"]), f"{row['per_second']:.0f}"]
-        + [figure(row["p50_ms"], ".1f"), figure(row["p99_ms"], ".1f"), str(row["refused"])]
-        for server in measured["servers"].values()
-        for row in server["load"]
-    ]
-    return table(["server", "clients", "answers/s", "p50 (ms)", "p99 (ms)", "refused"], rows)
-
-
-def serving_run(measured: dict) -> str:
-    """One paragraph: where and how the serving figures were measured, and the model's own."""
-    here, model = measured["environment"], measured["model"]
-    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    commit = f"commit {here['git']['commit'][:10]}{' with changes' * here['git']['dirty']}" if here["git"] else ""
-    return (
-        f"Measured on {measured['date']} on {environment.hardware_line(here)}, load average {measured['load_before']} "
-        f"before the start; {measured['artefact']['title']}, one thread; {versions}; {commit}. The model alone needs "
-        f"{model['p50_ms']:.2f} ms for a headline, from text to probabilities, and does {model['per_second']:.0f} a "
-        f"second in batches of 32. `wrk` on the same machine, {measured['seconds']} s a row."
-    )
-
-
-def serving_memory(measured: dict) -> str:
-    """Memory of the process that holds the app, before and after many requests."""
-    rows = [
-        [server["title"], f"{memory['before_mb']:.0f}", f"{memory['after_mb']:.0f}", f"{memory['requests']:,}"]
-        for server in measured["servers"].values()
-        if (memory := server["memory"])
-    ]
-    return table(["server", "before (MB)", "after (MB)", "requests between"], rows)
-
-
-def serving_overload(measured: dict) -> str:
-    """Four times as many clients as find room, by what a refused one does next."""
-    overload = measured["overload"]
-    rows = [
-        [does, f"{row['per_second']:.0f}", f"{row['refused']:,}", str(row["lost"])]
-        + [figure(row["refusal_p50_ms"], ".1f"), figure(row["refusal_p99_ms"], ".1f")]
-        for does, row in (("waits as `Retry-After` says", overload["patient"]), ("asks at once", overload["at_once"]))
-    ]
-    return table(["a refused client", "answers/s", "refused", "lost", "refused within (ms), p50", "p99"], rows)
-
-
-def serving_file(measured: dict) -> str:
-    """A file of headlines through Ray Data (examples/ray/classify.py)."""
-    if not (file := measured.get("file")):
-        return "Not measured on this machine."
-    rows = [
-        [f"`classify.py --workers {number}`", str(row["per_second"]), f"{row['changed']:,} of {file['headlines']:,}"]
-        for number, row in file["workers"].items()
-    ]
-    return table(["", "headlines/s", "labels other than alone"], rows)
-
-
-TABLES = {
+OF_A_RUN = {
     "hardware": hardware,
-    "excerpt": excerpt,
-    "lab": lab,
     "summary": summary,
     "latency": latency,
     "quality": quality,
@@ -414,36 +244,4 @@ TABLES = {
     "throughput": throughput,
     "cold-start": cold_start,
     "original": original,
-    "ablation": ablation,
-    "families": families,
-    "serving": serving,
-    "serving-run": serving_run,
-    "serving-memory": serving_memory,
-    "serving-overload": serving_overload,
-    "serving-file": serving_file,
-    "ideas": ideas,
 }
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that reads as plain text too; columns of figures are right-aligned."""
-    import tabulate
-
-    tabulate.MIN_PADDING = 0  # else it widens every column by two beyond its header
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    right = [column > 0 and any(row[column][:1].isdigit() for row in rows) for column in range(len(head))]
-    sides = ["right" if flush else "left" for flush in right]
-    return tabulate.tabulate(rows, head, tablefmt="pipe", colalign=sides, disable_numparse=True)
-
-
-def figure(number: float | None, form: str) -> str:
-    return NOT_MEASURED if number is None else format(number, form)
-
-
-def span(interval: list[float], form: str, scale: float = 1) -> str:
-    """A 95 % interval as `low to high`."""
-    return " to ".join(format(scale * end, form) for end in interval)
-
-
-def ratio(speed: dict) -> str:
-    return f"{speed['speed_up']:.2f}×" if "speed_up" in speed else NOT_MEASURED

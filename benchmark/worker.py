@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 
-from lab04 import LabError, artefact
+from lab04 import LabError, artefact, said
 from lab04.run import runtimes
 from lab04.run.backend import Unavailable
 from lab04.run.recheck import RecheckedBackend
@@ -68,10 +69,14 @@ class Worker:
         rows, rechecked = [], []
         for text in texts:
             rows.append(self._backend.logits(self._tokenise([text]))[0])
-            if isinstance(self._backend, RecheckedBackend):
+            if isinstance(self._backend, RecheckedBackend) and self._backend.rechecked is not None:
                 rechecked.append(bool(self._backend.rechecked[0]))
-        answer = {"logits": np.stack(rows).round(6).astype(float).tolist()}
-        return answer | ({"rechecked": sum(rechecked)} if rechecked else {})
+        return {"logits": as_json(np.stack(rows))} | ({"rechecked": sum(rechecked)} if rechecked else {})
+
+    def logits_in_batches(self, texts: list[str], batch: int) -> dict:
+        """Logits [texts, labels] again, with whatever neighbours the order of the texts brings."""
+        batches = [self._tokenise(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+        return {"logits": as_json(np.concatenate([self._backend.logits(tokens) for tokens in batches]))}
 
     def latency(self, texts: list[str], warm_ups: int) -> dict:
         """Milliseconds of each headline on its own, after some untimed ones; token ids are ready before the clock."""
@@ -118,6 +123,10 @@ class Worker:
 RUNTIMES = {"torch": ("torch",), "onnxruntime": ("onnxruntime",), "tensorrt": ()}
 
 
+def as_json(logits: np.ndarray) -> list:
+    return logits.round(6).astype(float).tolist()
+
+
 def peak_memory_bytes() -> int:
     """The most memory this process has held. Linux's getrusage would also count the parent it was forked from."""
     status = Path("/proc/self/status")
@@ -144,8 +153,8 @@ def serve() -> None:
             answer = {"unavailable": str(error)}
         except LabError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # whatever a peer's library raises is that row's reason, not the run's end
-            answer = {"unavailable": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+        except Exception as error:  # whether it is a peer's misfortune or a fault of ours, process.py knows
+            answer = {"fault": f"{type(error).__name__}: {said(error)}", "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -18,8 +18,11 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code."""
+def run(main: Callable[[], None], requirements: str = "requirements.txt") -> None:
+    """Run a script's main; every foreseeable failure ends in one line on stderr and a non-zero exit code.
+
+    requirements: the file that lists what the script imports, for where a package is missing.
+    """
     path = Path(sys.argv[0])
     script = path.parent.name if path.name == "__main__.py" else path.name
     open_console()
@@ -33,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
     except LabError as error:
         message, code = str(error), error.exit_code
     except ModuleNotFoundError as error:
-        message, code = f"{error.name} is not installed: pip install -r requirements.txt", 2
+        message, code = f"{error.name} is not installed: pip install -r {requirements}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough

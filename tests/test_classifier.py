@@ -36,6 +36,8 @@ def test_test_headlines_are_classified_as_the_model_card_says():
 
     merged = classifier.load()
     texts, truth = headlines.read_labelled(TEST_HEADLINES, merged.labels)
-    macro_f1 = f1_score(truth, merged.logits(texts).argmax(axis=1), average="macro")
     record = json.loads((classifier.ROOT / "lora-news" / "adapter" / "training.json").read_text(encoding="utf-8"))
-    assert abs(macro_f1 - record["results"]["headlines/test.csv"]["macro avg"]["f1-score"]) < 0.005
+    said = record["results"]["headlines/test.csv"]["macro avg"]
+    first = int(said["support"])  # the file may have grown at its end since
+    macro_f1 = f1_score(truth[:first], merged.logits(texts[:first]).argmax(axis=1), average="macro")
+    assert abs(macro_f1 - said["f1-score"]) < 0.005

@@ -14,6 +14,7 @@ FLOORS = [  # from the ground up; rooms that share a floor do not import each ot
     {"lab04.options"},
     {"lab04-torch", "lab04-optimum", "lab04-nvidia", "predict"},
     {"benchmark"},
+    {"benchmark.charts"},
     {"benchmark.studies"},
 ]
 FILES = [*ROOT.glob("lab04/**/*.py"), *ROOT.glob("lab04-*.py"), ROOT / "predict.py", *ROOT.glob("benchmark/**/*.py")]

@@ -114,3 +114,10 @@ def test_bootstrap_covers_the_mean():
     low, high = measures.bootstrap(400, lambda rows: values[rows].mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert low < values.mean() < high
+
+
+def test_what_a_batch_changes_is_counted_by_label_and_measured_in_logits():
+    alone = np.array([[0.0, 1.0], [2.0, 1.0], [0.5, 0.25]])
+    batched = np.array([[0.0, 1.0], [2.0, 1.5], [0.25, 0.5]])
+    assert measures.batch_change(alone, batched) == {"batch_changed": 1, "batch_max_change": 0.5}
+    assert measures.batch_change(alone, alone) == {"batch_changed": 0, "batch_max_change": 0.0}

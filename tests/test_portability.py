@@ -136,7 +136,7 @@ def rechecked(artefact_folder, tmp_path_factory):
     gaps = np.sort([scores.gaps(backend.logits(tokenise([text])))[0] for text in TEXTS])
     middle = len(gaps) // 2
     second = {"graph": "second.onnx", "threshold": float(gaps[middle - 1] + gaps[middle]) / 2}
-    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": second})
+    sealing.write_manifest(folder, {**manifest, "files": files, "recheck": second, "check": {}})
     return folder
 
 

@@ -1,15 +1,20 @@
 """Static INT8: a headline's answer is its own, whatever stands beside it in a batch, and however that is padded."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import check_few_headlines, copy_model, run_in_process, training_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab04 import artefact
+from lab04 import LabError, artefact
+from lab04.compare import closing_check
 from lab04.quantise import preparation
 from lab04.read import classifier, texts
 from lab04.run import runtimes
+from lab04.run.backend import Backend
+from lab04.run.scores import gaps
 
 TEXTS = [*training_texts()[:40], "word", "", "of " * 200, " ".join(training_texts()[:3])]
 POOL = st.integers(0, len(TEXTS) - 1)
@@ -38,6 +43,12 @@ def onnx_static(request, built):
     tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item, request.param)
     single = runtimes.open_backend(item, 1)
     return backend, tokenise, np.concatenate([single.logits(tokenise([text])) for text in TEXTS])
+
+
+@pytest.fixture(scope="module")
+def torch_static(built):
+    item = artefact.load(built("lab04-torch.py", "--static"))
+    return runtimes.open_backend(item), artefact.Tokeniser(item)
 
 
 def fill_up(tokens: dict, left: bool, more: int) -> dict:
@@ -69,9 +80,8 @@ def test_the_graph_itself_keeps_them_in_any_language(onnx_static, chosen, more):
 
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(POOL, min_size=1, max_size=64), left=st.booleans(), more=st.integers(0, 5))
-def test_torch_keeps_the_label_and_nearly_the_logits(built, chosen, left, more):
-    item = artefact.load(built("lab04-torch.py", "--static"))
-    tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
+def test_torch_keeps_the_label_and_nearly_the_logits(torch_static, chosen, left, more):
+    backend, tokenise = torch_static
     alone = np.concatenate([backend.logits(tokenise([TEXTS[index]])) for index in chosen])
     moved = backend.logits(fill_up(tokenise([TEXTS[index] for index in chosen]), left, more)) - alone
     assert np.abs(moved).max() <= 0.15
@@ -98,17 +108,70 @@ def test_crafted_strings_change_each_others_answer_under_dynamic_and_not_under_s
         row = fp32.model.get_input_embeddings().weight.data[fp32.tokenizer.convert_tokens_to_ids(word)]
         row.zero_()[column] = 9 * sign
     fp32.model.save_pretrained(model)
+    # An attacker tries until a headline stands at a border: here the ten of each word that stand closest to one.
+    strings = [[f"{text} {word}" for text in training_texts()] for word in words]
+    close = [np.array(side)[gaps(fp32.logits(side)).argsort()[:10]].tolist() for side in strings]
     changed = {}
     for option in ((), ("--static",)):
         folder = tmp_path / "-".join(("built", *option))
         assert run_in_process("lab04-optimum.py", "--model", model, "--output", folder, *option) == 0
         item = artefact.load(folder)
         tokenise, backend = artefact.Tokeniser(item), runtimes.open_backend(item)
-        first, second = ([f"{text} {word}" for text in training_texts()[:30]] for word in words)
-        alone = [[backend.logits(tokenise([text]))[0].argmax() for text in side] for side in (first, second)]
-        together = [[backend.logits(tokenise([a, b])).argmax(axis=1) for b in second] for a in first]
+        alone = {text: backend.logits(tokenise([text]))[0].argmax() for side in close for text in side}
         changed[option] = [
-            (a, b) for a in range(30) for b in range(30) if (together[a][b] != (alone[0][a], alone[1][b])).all()
+            pair
+            for pair in itertools.product(*close)
+            if (backend.logits(tokenise(list(pair))).argmax(axis=1) != [alone[text] for text in pair]).all()
         ]
-    assert changed[()], "the attack must be one"
+    assert changed[()], "each must change the other's answer, or it is no attack"
     assert not changed["--static",]
+
+
+def test_a_text_that_neighbours_move_is_refused():
+    class Neighbourly(Backend):
+        def logits(self, tokens):
+            return np.array([[1.0, 0.0]] * len(tokens["input_ids"]), np.float32) + 1e-6 * len(tokens["input_ids"])
+
+    def tokenise(some):
+        return {"input_ids": np.zeros((len(some), 1), np.int64)}
+
+    with pytest.raises(LabError, match="without --static"):
+        closing_check.check_neighbours(Neighbourly(), tokenise, training_texts()[:8], 0.0)
+    closing_check.check_neighbours(Neighbourly(), tokenise, training_texts()[:8], 0.15)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (0.0, np.inf), (np.nan, np.nan)])
+def test_a_range_that_no_scale_spans_is_refused_in_one_line(low, high):
+    with pytest.raises(LabError, match="without --static"):
+        preparation.scale_and_zero_point(low, high)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 3.0), (-2.0, 0.0), (-1.5, 4.25)])
+def test_a_range_becomes_numbers_from_0_to_255_and_0_stays_exact(low, high):
+    scale, zero = preparation.scale_and_zero_point(low, high)
+    assert 0 <= zero <= 255
+    numbers = np.rint(np.array([low, 0.0, high]) / scale) + zero
+    assert np.abs(numbers - [0, zero, 255]).max() <= 1
+    np.testing.assert_allclose(scale * (numbers - zero), [low, 0.0, high], atol=scale / 2 + 1e-9)
+
+
+def test_a_model_whose_inputs_are_all_zero_is_refused(model_folder, few_headlines, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(preparation, "EVERY", 400)
+    model = copy_model(model_folder("bert", 9), tmp_path / "model")
+    network = classifier.load(str(model)).model
+    value = network.bert.encoder.layer[0].attention.self.value
+    value.weight.data.zero_(), value.bias.data.zero_()
+    network.save_pretrained(model)
+    for script in ("lab04-torch.py", "lab04-optimum.py"):
+        assert run_in_process(script, "--static", "--model", model, "--output", tmp_path / "built") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "0.0 to 0.0" in line and "without --static" in line
+        assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.parametrize("machine, static, expected", [("x86_64", True, "x86"), ("aarch64", False, "qnnpack")])
+def test_static_products_of_pytorch_need_an_x86_kernel(machine, static, expected):
+    supported = ["qnnpack", "onednn", "x86", "fbgemm"]
+    assert runtimes.quantised_engine(supported, machine, static) == expected
+    with pytest.raises(LabError, match="lab04-optimum.py"):
+        runtimes.quantised_engine(supported, "aarch64", static=True)

@@ -1,11 +1,13 @@
-"""train.py on a small random base: what it writes, that it repeats itself, calibrated scores, one-line errors."""
+"""train.py on a small random base: what it writes, that it repeats itself, means, calibration, one-line errors."""
 
 import csv
 import json
 import random
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,21 +39,27 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def train(data, model_folder, tmp_path_factory):
-    """Train a small adapter; returns its folder."""
+    """`train(--option=value …)`: train a small adapter into a folder of its own; returns the exit code and it."""
 
-    def run() -> Path:
-        folder = tmp_path_factory.mktemp("trained") / "adapter"
-        options = {"--ag-news": data["ag_news"], "--headlines": data["ours"], "--base": model_folder("bert", 9)}
-        options |= {"--output": folder, "--ag-rows": 500, "--epochs": 1}
-        assert run_in_process(TRAIN, *(word for option in options.items() for word in option)) == 0
-        return folder
+    def run(*words: object, folder: Path | None = None, **options: object) -> tuple[int, Path]:
+        folder = folder or tmp_path_factory.mktemp("trained") / "adapter"
+        chosen = {"ag-news": data["ag_news"], "headlines": data["ours"], "base": model_folder("bert", 9)}
+        chosen |= {"output": folder, "ag-rows": 300, "epochs": 1, "seeds": 1} | options
+        arguments = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+        return run_in_process(TRAIN, *arguments, *words), folder
 
     return run
 
 
 @pytest.fixture(scope="module")
 def adapter(train) -> Path:
-    return train()
+    code, folder = train()
+    assert code == 0
+    return folder
+
+
+def weights(folder: Path) -> str:
+    return classifier.load(str(folder)).weights_sha256
 
 
 def test_an_adapter_loads_and_is_described(adapter, data):
@@ -64,7 +72,82 @@ def test_an_adapter_loads_and_is_described(adapter, data):
 
 
 def test_the_same_seed_gives_the_same_weights(adapter, train):
-    assert classifier.load(str(train())).weights_sha256 == classifier.load(str(adapter)).weights_sha256
+    assert weights(train()[1]) == weights(adapter)
+
+
+def test_several_seeds_are_trained_and_reported(adapter, train):
+    code, folder = train(seeds=2)
+    assert code == 0
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert [seed["seed"] for seed in record["seeds"]] == [1, 2]
+    alone = json.loads((adapter / "training.json").read_text(encoding="utf-8"))["seeds"][0]
+    # A seed gives what it gives alone: in a process of its own, beside another.
+    assert {**record["seeds"][0], "minutes": 0} == {**alone, "minutes": 0}
+    assert weights(folder) == record["weights_sha256"] != weights(adapter)
+    assert "| mean of weights |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_mean_is_that_of_the_merged_weights(model_folder, tmp_path):
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    script = runpy.run_path(str(ROOT / TRAIN))
+    base, labels = str(model_folder("bert", 6)), sorted(AG_NEWS_LABELS) + ["climate", "health"]
+    merged, files = [], []
+    for seed in range(3):
+        network, _ = script["build_network"](base, labels)
+        torch.manual_seed(seed)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_file(get_peft_model_state_dict(network), files[-1])
+        merged.append(network.merge_and_unload().state_dict())
+    network, _ = script["build_network"](base, labels, 3 * script["RANK"])
+    script["average"](network, files)
+    for name, mean in network.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(mean, sum(state[name] for state in merged) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_finished_seeds_are_not_trained_again(adapter, train, capfd):
+    before = weights(adapter)
+    assert train("--resume", folder=adapter)[0] == 0
+    assert weights(adapter) == before
+    assert ", step " not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("adapter", "is of a run with other options"), ("none", "nothing to resume: ")]
+)
+def test_what_cannot_be_resumed_ends_in_one_line(adapter, train, capfd, folder, message):
+    code, _ = train("--resume", folder=adapter.with_name(folder), epochs=2)
+    assert code == 2
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert not (adapter.with_name(folder + "-checkpoints") / "options.json").exists() or folder == "adapter"
+
+
+def test_weights_never_lack_their_report(train, adapter, monkeypatch, tmp_path):
+    import adapter_report
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_report, "describe", fail)
+    code, _ = train(folder=folder)
+    assert code == 130
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "adapter-checkpoints"}
+
+
+def test_a_folder_with_other_things_is_refused(train, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    code, _ = train(folder=tmp_path)
+    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_ag_news_says_nothing_of_our_other_labels(model_folder, tmp_path, monkeypatch):
@@ -74,7 +157,8 @@ def test_ag_news_says_nothing_of_our_other_labels(model_folder, tmp_path, monkey
     network, tokenizer = train["build_network"](str(model_folder("bert", 6)), labels)
     for ag_news, said in ((True, 4), (False, 6)):
         rows = [{"text": f"{label} news", "label": label, "ag_news": ag_news} for label in sorted(AG_NEWS_LABELS)]
-        trainer = train["build_trainer"](train["parse_arguments"](), network, tokenizer, labels, rows, rows)
+        data = SimpleNamespace(train=rows, dev=rows, labels=labels)
+        trainer = train["build_trainer"](train["parse_arguments"](), network, tokenizer, data, 1)
         trainer.compute_loss(network, trainer.data_collator(list(trainer.train_dataset))).backward()
         [gradient] = [
             p.grad for name, p in network.named_parameters() if name.endswith("default.weight") and p.shape[0] == 6
@@ -102,9 +186,11 @@ def test_scores_are_calibrated_on_the_held_out_headlines(adapter, data):
 @pytest.mark.parametrize(
     ("columns", "rows", "message"),
     [
-        (["topic", "headline"], [("World", "A")], "line 2 has no label"),
-        (["label", "title"], [("Weather", "A")], "line 2: label 'Weather' is not one of"),
-        (["label", "title"], [("World", "A")] * 4000, "none of ['Business', 'Sci/Tech', 'Sports']"),
+        (["topic", "headline"], [("World", "A")], "has no columns label and title, but topic, headline"),
+        (["label", "title"], [("World", "A"), ("Weather", "B")], "line 3: 'Weather', 'B' is no label of AG News"),
+        (["label", "title"], [("World", "")], "line 2: 'World', '' is no label of AG News"),
+        (["label", "title"], [("World", "A")] * 4000, "4000 rows, none under Business or Sci/Tech or Sports: at least"),
+        (["label", "title"], [(label, "A") for label in AG_NEWS_LABELS] * 100, "has 400 rows: at least 3000 rows"),
         (None, None, "No such file"),
     ],
 )
@@ -117,6 +203,17 @@ def test_a_wrong_ag_news_file_ends_in_one_line(tmp_path, columns, rows, message)
     assert ended.stderr.splitlines()[-1].startswith("train.py: ") and message in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+def test_ag_news_is_read_as_published_and_with_names(tmp_path):
+    read = runpy.run_path(str(ROOT / "lora-news/training_data.py"))["read_ag_news_file"]
+    rows = [("3", "Oil, gas and coal", 'Prices "fell"'), ("1", "Talks in Geneva", "")]
+    published = write_csv(tmp_path / "published.csv", rows[0], rows[1:])
+    named = write_csv(tmp_path / "named.csv", ["Title", "Label"], [("Oil, gas and coal", "Business")])
+    [first, second], [alone] = read(published), read(named)
+    assert first == {"title": "Oil, gas and coal", "full": 'Oil, gas and coal. Prices "fell"', "label": "Business"}
+    assert second == {"title": "Talks in Geneva", "full": "Talks in Geneva", "label": "World"}
+    assert alone == {"title": "Oil, gas and coal", "full": "Oil, gas and coal", "label": "Business"}
 
 
 def test_a_hub_that_cannot_be_reached_ends_in_one_line(tmp_path):

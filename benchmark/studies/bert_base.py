@@ -14,7 +14,9 @@ LABELS = ["Business", "Sci/Tech", "Sports", "World", "climate", "education", "he
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.bert_base", description=console.first_line(__doc__)
+    )
     parser.add_argument("folder", type=Path, help="where to write the model")
     folder = parser.parse_args().folder
     build(folder)
@@ -34,4 +36,4 @@ def build(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark import environment, results, tables
+from benchmark import environment, results, study_tables
 from benchmark.studies.bert_base import LABELS
 from lab04 import ROOT, artefact, console
 from lab04.read import classifier, model_files
@@ -47,7 +47,9 @@ LOGIT_SPREAD = 2.0  # standard deviation of the logits: most labels are decided,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.families", description=console.first_line(__doc__)
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
@@ -62,7 +64,7 @@ def main() -> None:
     measured = {"format": results.FORMAT, "environment": here, "families": rows}
     folder.mkdir(parents=True, exist_ok=True)
     results.save_json(folder / results.RESULTS, measured)
-    print(tables.families(measured))
+    print(study_tables.families(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
 
@@ -71,7 +73,14 @@ def measure(family: str, scratch: Path) -> dict:
     """A family's row: its size, and for each lab the figures of its closing check, or the line in which it refused."""
     row: dict = {"family": family, "parameters_m": build(family, scratch / "model")}
     for name, script in INT8_LABS.items():
-        command = [sys.executable, ROOT / script, "--model", scratch / "model", "--output", scratch / name]
+        command = [
+            sys.executable,
+            str(ROOT / script),
+            "--model",
+            str(scratch / "model"),
+            "--output",
+            str(scratch / name),
+        ]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
             row[name] = {"refused": ended.stderr.strip().splitlines()[-1]}
@@ -133,4 +142,4 @@ def decide_labels(network, tokenizer, texts: list[str], max_length: int) -> None
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

@@ -22,7 +22,7 @@ import psutil
 
 from benchmark import environment, results
 from benchmark.process import Process
-from benchmark.run import ARTEFACTS
+from benchmark.rows import ARTEFACTS
 from lab04 import ROOT, LabError, artefact, console, options
 from lab04.read.texts import held_out_headlines
 
@@ -30,7 +30,9 @@ RATE_HEADLINES = 4096  # that the back end alone is timed with, before and after
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.million", description=console.first_line(__doc__)
+    )
     add = parser.add_argument
     add("--artefacts", type=Path, nargs="+", default=list(ARTEFACTS[:2]), help="folders (default: both INT8 labs')")
     add("--headlines", type=options.positive, default=1_000_000, help="of the file (default: %(default)s)")
@@ -137,4 +139,4 @@ def check_order(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

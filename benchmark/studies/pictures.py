@@ -21,7 +21,9 @@ NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.pictures", description=console.first_line(__doc__)
+    )
     options.add_model_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     arguments = parser.parse_args()
@@ -180,4 +182,4 @@ def draw_headline(plt, product: Product):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

@@ -10,7 +10,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from benchmark import charts, environment, results
+from benchmark import environment, results
+from benchmark.charts import speed
 from lab04 import artefact
 from lab04.read.texts import held_out_headlines
 from lab04.run import runtimes
@@ -25,7 +26,7 @@ def run(artefacts: list[Path], threads: int, output: Path) -> None:
     here = environment.describe()
     folder = output / environment.folder_name(here, "profile")
     folder.mkdir(parents=True, exist_ok=True)
-    measured = {"format": results.FORMAT, "environment": here, "threads": threads, "backends": {}}
+    measured: dict = {"format": results.FORMAT, "environment": here, "threads": threads, "backends": {}}
     for path in artefacts:
         built = artefact.load(path)
         tokenise = artefact.Tokeniser(built)
@@ -37,7 +38,7 @@ def run(artefacts: list[Path], threads: int, output: Path) -> None:
         for kind, us in operators.items():
             print(f"  {kind:<52} {us:8.1f} µs {us / total:6.1%}")
     results.save_json(folder / results.RESULTS, measured)
-    charts.save_profile(folder / "operators.png", measured)
+    speed.save_profile(folder / "operators.png", measured)
     print(f"\nWrote {folder}")
 
 

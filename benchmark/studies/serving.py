@@ -40,7 +40,7 @@ EXAMPLES = ROOT / "examples"
 HTTP, RAY = EXAMPLES / "http" / "serve.py", EXAMPLES / "ray" / "serve.py"
 PLAIN = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
 FAST = PLAIN | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-SERVERS = {  # title, command, environment
+SERVERS: dict[str, tuple[str, list, dict[str, str]]] = {  # title, command, environment
     "http": ("uvicorn", [HTTP], {}),
     "ray": ("Ray Serve", [RAY], {}),
     "ray-empty": ("Ray Serve, empty app", ["-m", "benchmark.studies.serving", "--empty"], {}),
@@ -193,7 +193,7 @@ def running(name: str, arguments: argparse.Namespace, *more: str) -> Iterator[in
         ) as server,
     ):
         try:
-            if not any(line.startswith("Serving ") for line in server.stdout):
+            if not any(line.startswith("Serving ") for line in server.stdout or ()):
                 said.seek(0)
                 raise LabError(f"{title} does not start: {(said.read().splitlines() or ['no word'])[-1]}")
             yield arguments.port
@@ -238,7 +238,7 @@ def memory_mb(port: int) -> float:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
-    return round(float(re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[1]) / 1e6, 1)
+    return round(float(re.findall(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[0]) / 1e6, 1)
 
 
 def measure_overload(arguments: argparse.Namespace, scratch: Path) -> dict:
@@ -300,7 +300,7 @@ def measure_file(item: artefact.Artefact, count: int, scratch: Path) -> dict:
             raise LabError(f"classify.py failed: {ended.stderr.strip().splitlines()[-1]}")
         rows = pyarrow.parquet.read_table(output, columns=["text", "label"]).to_pylist()
         workers[str(number)] = {
-            "per_second": int(re.search(r"(\d+) headlines/s", ended.stdout)[1]),
+            "per_second": int(re.findall(r"(\d+) headlines/s", ended.stdout)[0]),
             "changed": sum(alone[row["text"]] != row["label"] for row in rows),
         }
     return {"headlines": count, "workers": workers}

@@ -6,8 +6,8 @@ random order, in one process with one thread. Writes results/HARDWARE-ablation/r
 
 import argparse
 import copy
+import io
 import random
-import runpy
 import time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from benchmark import environment, results
 from lab04 import ROOT, console, options
 from lab04.console import quiet_logging
-from lab04.quantise import preparation
+from lab04.quantise import preparation, torch_int8
 from lab04.read import classifier, headlines
 from lab04.read.texts import TEST_HEADLINES
 
@@ -29,7 +29,7 @@ WARM_UPS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(prog="python -m benchmark.studies.steps", description=console.first_line(__doc__))
     options.add_model_options(parser)
     parser.add_argument("--data", type=Path, default=TEST_HEADLINES, help="labelled headlines (default: test.csv)")
     headlines.add_options(parser)
@@ -65,21 +65,20 @@ def build_variants(fp32: classifier.Classifier) -> dict:
     from torch.ao import quantization
 
     torch.set_num_threads(1)
-    torch_lab = runpy.run_path(str(ROOT / "lab04-torch.py"))
-    torch_lab["choose_engine"]()
+    torch_int8.choose_engine()
 
     def traced(network):
-        return torch_lab["trace"](*torch_lab["give_logits"](network, fp32))
+        return torch.jit.load(io.BytesIO(torch_int8.freeze(network, fp32)))
 
     network = copy.deepcopy(fp32.model)
     with quiet_logging():
         variants = {"`quantize_dynamic` as it is": traced(quantization.quantize_dynamic(network, {torch.nn.Linear}))}
     name = "7-bit weights a row, 8-bit activations; 8-bit embeddings a row"
-    variants[name] = traced(torch_lab["quantise"](network))
+    variants[name] = traced(torch_int8.quantise(network))
     batches = preparation.typical_inputs(fp32)
     for name, step in STEPS.items():
         step(network, batches)
-        variants[f"+ {name}"] = traced(torch_lab["quantise"](network))
+        variants[f"+ {name}"] = traced(torch_int8.quantise(network))
     return variants
 
 
@@ -117,4 +116,4 @@ def measure(variants: dict, fp32: classifier.Classifier, texts: list[str]) -> li
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "requirements/bench.txt")

@@ -14,7 +14,7 @@ from lab04 import LabError, labs
 from lab04.artefact.rebuilding import rebuild_command
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # raised when an older folder can no longer be read as it was meant
+FORMAT = 2  # raised when an older folder can no longer be read as it was meant
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,19 @@ from lab04.artefact.contract import MANIFEST
 
 
 @contextlib.contextmanager
-def building(output: Path | str) -> Iterator[Path]:
+def building(output: Path | str, mark: str = MANIFEST) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends without an exception.
 
     Interrupted or failed builds leave what stood there before. Of two builds at once the later wins, whole.
     A symbolic link stays one: what it points to is written.
-    Raises LabError if `output` holds something that is no artefact, or cannot be written.
+    mark: a file by which a folder shows that it may be replaced
+    Raises LabError if `output` holds something else, or cannot be written.
     """
     output = Path(os.path.realpath(output))
     # Unique beyond process ids, which mean nothing between containers that share a volume.
     temporary = output.with_name(f".{output.name}.new-{secrets.token_hex(8)}")
     try:
-        make_room(output)
+        make_room(output, mark)
         with contextlib.ExitStack() as alive:
             with locked(output.parent):  # a folder that is made but not yet locked would look like a dead build's
                 remove_stale(output)
@@ -35,28 +36,28 @@ def building(output: Path | str) -> Iterator[Path]:
             if interrupted.is_set():  # a library swallowed Ctrl-C
                 raise KeyboardInterrupt
             with locked(output.parent):
-                replace(output, temporary)
+                replace(output, temporary, mark)
     except OSError as error:
         raise LabError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, mark: str = MANIFEST) -> None:
     """Raise LabError as `building` would, before the work whose result `output` is to hold."""
     output = Path(os.path.realpath(output))
     try:
-        make_room(output)
+        make_room(output, mark)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent):
             pass
     except OSError as error:
         raise LabError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def make_room(output: Path) -> None:
+def make_room(output: Path, mark: str) -> None:
     """Make the folder that `output` will be in. Raises LabError if there is something else in its place."""
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).exists())):
-        raise LabError(f"{output} exists and is no artefact folder: choose another --output")
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / mark).exists())):
+        raise LabError(f"{output} exists and has no {mark}: choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -89,7 +90,7 @@ def remove_stale(output: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def replace(output: Path, temporary: Path) -> None:
+def replace(output: Path, temporary: Path, mark: str) -> None:
     """Put `temporary` in the place of `output`. A folder cannot be replaced in one step, so the old one steps aside."""
     aside = temporary.with_name(temporary.name.replace(".new-", ".old-"))
     while True:
@@ -100,7 +101,7 @@ def replace(output: Path, temporary: Path) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            replace_files(output, temporary)
+            replace_files(output, temporary, mark)
             return
         try:
             temporary.rename(output)
@@ -115,16 +116,16 @@ def replace(output: Path, temporary: Path) -> None:
         return
 
 
-def replace_files(output: Path, temporary: Path) -> None:
+def replace_files(output: Path, temporary: Path, mark: str) -> None:
     """Replace the files of a mount point, which cannot itself be renamed.
 
-    The manifest goes first and comes last: an artefact without one is refused, so no mixture is ever read.
+    The file `mark` goes first and comes last: a folder without it is refused, so no mixture is ever read.
     """
     with tempfile.TemporaryDirectory(prefix=".new-", dir=output) as copied:
         shutil.copytree(temporary, copied, dirs_exist_ok=True)  # a full disk shows here, and the old artefact stays
-        (output / MANIFEST).unlink(missing_ok=True)
+        (output / mark).unlink(missing_ok=True)
         for path in output.iterdir():
             if path.is_file():
                 path.unlink()
-        for path in sorted(Path(copied).iterdir(), key=lambda path: path.name == MANIFEST):
+        for path in sorted(Path(copied).iterdir(), key=lambda path: path.name == mark):
             path.rename(output / path.name)

@@ -26,7 +26,6 @@ VALUES = {
     "attention.output.module.dense": "attention.self.value",
     "attention.out_lin": "attention.v_lin",
 }
-RANGE_MARGIN = 1.0  # a static range is this many times as wide as what was seen (docs/int8.md, "Static or dynamic?")
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper: inputs of headlines do not span all columns
 
 
@@ -230,12 +229,13 @@ def round_matrix(weight, moment):
 def scale_and_zero_point(low: float, high: float) -> tuple[float, int]:
     """Scale and zero point of an input of 0..255 that reaches from `low` to `high`: value = scale * (number - zero).
 
-    Raises LabError if there is no such range, as where all typical inputs were 0.
+    No margin: wider and narrower ranges both made the error larger (docs/int8.md). Raises LabError if there is no such
+    range, as where all typical inputs were 0.
     """
-    scale = RANGE_MARGIN * (high - low) / 255
+    scale = (high - low) / 255
     if not 0 < scale < math.inf:
         raise LabError(f"an input of this model reaches from {low} to {high} on typical texts: build without --static")
-    return scale, round(-low * RANGE_MARGIN / scale)
+    return scale, round(-low / scale)
 
 
 def input_ranges(network) -> dict[str, list[float]]:

@@ -66,9 +66,10 @@ def quantise(network, static: bool = False):
         warnings.simplefilter("ignore")
         quantised = quantization.quantize_dynamic(copy.deepcopy(network), recipe)
     replacements = {torch.ao.nn.quantized.dynamic.Linear: DynamicLinear, torch.ao.nn.quantized.Embedding: ByteEmbedding}
+    prepared = dict(network.named_modules())
     for name, module in quantised.named_modules():
         module.__class__ = replacements.get(type(module), type(module))
-        given = getattr(network.get_submodule(name), "input_range", None)
+        given = getattr(prepared.get(name), "input_range", None)
         if static and given:  # a Linear that no headline reaches has none, and is in no trace
             module.__class__ = StaticLinear
             module.scale, module.zero_point = preparation.scale_and_zero_point(*given)

@@ -1,0 +1,104 @@
+"""What a reader of the README came for, from the runs of one machine: the six rows, which one to take, what it costs.
+
+Every figure and every choice follows from the results, so that a new measurement may change the answer.
+"""
+
+from collections.abc import Callable
+
+from benchmark import results, tables
+from benchmark.machines import fastest, processor
+from benchmark.markdown import NOT_MEASURED, per_second, table
+from benchmark.rows import made_by
+from lab04.compare.report import counted
+
+PLAIN = ("torch-int8", "onnxruntime-int8")
+RECHECKED, TUTORIAL = "onnxruntime-int8-recheck", "torch-tutorial"
+COLUMNS = ("size (MB)", "p50 (ms)", "p95 (ms)", "speed", "of the floor", "changed", "changed by a batch", "macro-F1")
+
+
+def six_rows(measured: dict, _real: dict | None) -> str:
+    """FP32, both INT8 artefacts, the rechecked one, the fastest other recipe, and PyTorch's own."""
+    backends = measured["backends"]
+    best = fastest({name: row for name, row in backends.items() if row["group"] == "peer" and name != TUTORIAL})
+    names = [name for name in (results.REFERENCE, *PLAIN, RECHECKED, best, TUTORIAL) if name in backends]
+    rows = [
+        [f"{backends[name]['name']} {backends[name]['precision']}"]
+        + [tables.COLUMNS[column](measured, backends[name], "1") for column in COLUMNS]
+        for name in names
+    ]
+    return tables.measured_columns(["", *COLUMNS], rows)
+
+
+def which_one(measured: dict, real: dict | None) -> str:
+    """What to take for which traffic; `measured` has all cores' figures, `real` the labels that changed."""
+    fp32, most = measured["backends"][results.REFERENCE], str(max(measured["settings"]["threads"]))
+    ours = {name: row for name, row in measured["backends"].items() if row["group"] == "lab"}
+    answering = {name: row for name, row in ours.items() if "rechecked" not in row}
+    rows = []
+
+    def answer(what: str, name: str, figures: str) -> None:
+        rows.append([what, f"{ours[name]['name']}: `{command(name)}`", figures])
+
+    if timed := [name for name, row in answering.items() if "1" in row["latency"]]:
+        quickest = min(timed, key=lambda name: ours[name]["latency"]["1"]["p50_ms"])
+        times = [row["latency"]["1"][measure] for row in (ours[quickest], fp32) for measure in ("p50_ms", "p95_ms")]
+        answer(
+            "one text at a time",
+            quickest,
+            "p50 {:.1f} ms, p95 {:.1f}; FP32 {:.1f} and {:.1f}".format(*times),
+        )
+        for what, threads in (("a large file: a process on each core", "1"), ("one process on all cores", most)):
+            fastest = max(timed, key=lambda name: best_rate(ours[name], threads)[0])
+            (rate, batch), (slow, _) = best_rate(ours[fastest], threads), best_rate(fp32, threads)
+            each = "a core" if threads == "1" else f"with {counted(int(threads), 'thread')}"
+            if rate and (threads != "1" or what.startswith("a large")):
+                answer(what, fastest, f"{rate:.0f} headlines/s {each} in batches of {batch}; FP32 {per_second(slow)}")
+    rows += no_label_may_change(real or measured)
+    if weighed := [name for name, row in ours.items() if row["cold_start"]]:
+        least = min(weighed, key=lambda name: ours[name]["cold_start"]["memory_mb"])
+        megabytes = [row["cold_start"]["memory_mb"] for row in (ours[least], fp32)]
+        answer("little memory", least, "{:.0f} MB at most; FP32 {:.0f}".format(*megabytes))
+    engine: dict = next((row for name, row in ours.items() if name.startswith("tensorrt")), {"latency": {}})
+    on_gpu = tables.time_of(engine, "1", "p50_ms")
+    said = "not measured by us" if on_gpu == NOT_MEASURED else f"p50 {on_gpu} ms"
+    rows.append(["an NVIDIA GPU", "TensorRT: `lab04-nvidia.py`", said])
+    return table(["you have", "take", f"on {processor(measured)}"], rows)
+
+
+def no_label_may_change(measured: dict) -> list[list[str]]:
+    """The row of the rechecked artefact, with what it does to the slowest requests; none where it was not measured."""
+    rechecked, plain = (measured["backends"].get(name, {}) for name in (RECHECKED, PLAIN[1]))
+    if not rechecked.get("latency", {}).get("1") or "consistency" not in rechecked:
+        return []
+    slow, quick = rechecked["latency"]["1"]["p95_ms"], plain["latency"]["1"]["p95_ms"]
+    changed = f"{rechecked['consistency']['changed']} of {measured['settings']['headlines']:,} changed"
+    figures = f"{changed}; p95 {slow:.1f} ms in place of {quick:.1f}"
+    return [["no label may change", f"{rechecked['name']}: `{command(RECHECKED)}`", figures]]
+
+
+def command(name: str) -> str:
+    """The lab script and options that make a row's artefact."""
+    lab, options = made_by(name)
+    return " ".join((lab.script, *(f"--{option}" for option in options)))
+
+
+def best_rate(row: dict, threads: str) -> tuple[float, str]:
+    """Most headlines a second at a thread count, and the batch size they were reached at; 0 if not measured."""
+    return max(((rate, batch) for batch, rate in row["throughput"].get(threads, {}).items()), default=(0.0, ""))
+
+
+def million(measured: dict, _real: dict | None) -> str:
+    """What a million headlines cost: minutes of one core, at each one's best batch size."""
+    costs = []
+    for name in (*PLAIN, results.REFERENCE):
+        row = measured["backends"].get(name)
+        if row and (rate := best_rate(row, "1")[0]):
+            costs.append(f"{1e6 / rate / 60:.0f} with {row['name']} {row['precision']}")
+    return f"A million headlines cost, in minutes of one core of {processor(measured)}: {', '.join(costs)}."
+
+
+OF_A_MACHINE: dict[str, Callable[[dict, dict | None], str]] = {
+    "six-rows": six_rows,
+    "which-one": which_one,
+    "million": million,
+}
