@@ -133,7 +133,20 @@ def serving_file(measured: dict) -> str:
     return table(["", "headlines/s", "labels other than alone"], rows)
 
 
+def static(measured: dict) -> str:
+    """Dynamic and static INT8 on texts near and far (benchmark/studies/static.py)."""
+    rows = [
+        [f"{row['texts']} ({row['count']:,})", row["artefact"], f"{100 * row['error']:.1f}", str(row["changed"])]
+        + [f"{change['batch_changed']}, {change['batch_max_change']:.4f}" for change in row["batches"].values()]
+        for row in measured["static"]
+    ]
+    head = ["texts", "artefact", "logit error (% of spread)", "changed against FP32"]
+    head += [f"changed by batches of {size}, largest logit change" for size in measured["static"][0]["batches"]]
+    return table(head, rows)
+
+
 OF_A_STUDY = {
+    "static": static,
     "ablation": ablation,
     "families": families,
     "excerpt": excerpt,

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, copy_model, run_benchmark, run_in_process
 
 from benchmark import __main__ as benchmark
-from benchmark import documents, environment, floor, journal, peers, results, run, tables, worker
+from benchmark import documents, environment, floor, journal, peers, results, run, study_tables, tables, worker
 from benchmark.charts import overview
 from benchmark.journal import Journal
 from benchmark.process import Process, WorkerFault
@@ -505,7 +505,7 @@ def test_static_is_compared_with_dynamic_on_texts_near_and_far(
     for row in rows:
         moved = max(change["batch_max_change"] for change in row["batches"].values())
         assert (moved == 0) == (row["artefact"] == "ONNX Static") and row["error"] < 0.5
-    assert "| ONNX Static" in static.table({"static": rows})
+    assert "| ONNX Static" in study_tables.static({"static": rows})
 
 
 def test_families_are_quantised_and_told_of(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import environment, results
+from benchmark import environment, results, study_tables
 from benchmark.measures import batch_change
 from lab04 import ROOT, LabError, artefact, console, labs, options
 from lab04.artefact import contract
@@ -78,7 +78,7 @@ def main() -> None:
         "static": rows,
     }
     results.save_json(folder / results.RESULTS, measured)
-    print(table(measured))
+    print(study_tables.static(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
 
@@ -113,20 +113,6 @@ def compare(kind: str, texts: list[str], built: list[artefact.Artefact], fp32: c
             | {"batches": {str(size): batch_change(alone[order], logits) for size, logits in batches.items()}}
         )
     return rows
-
-
-def table(measured: dict) -> str:
-    """The Markdown table of a results.json of this study."""
-    from tabulate import tabulate
-
-    head = ["texts", "artefact", "logit error (% of spread)", "changed against FP32"]
-    head += [f"changed by batches of {size}, largest logit change" for size in BATCHES]
-    rows = [
-        [f"{row['texts']} ({row['count']:,})", row["artefact"], f"{row['error']:.1%}", f"{row['changed']}"]
-        + [f"{change['batch_changed']}, {change['batch_max_change']:.4f}" for change in row["batches"].values()]
-        for row in measured["static"]
-    ]
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
 if __name__ == "__main__":
