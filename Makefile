@@ -49,7 +49,7 @@ bench-steps: .venv/installed-bench ## what each step of the INT8 preparation is 
 bench-families: .venv/installed-bench ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families
 
-elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 1 GB into .elsewhere/
+elsewhere: lab .venv/installed-tests ## the ONNX artefact in C#, Node, the browser, old and emulated runtimes: 2 GB into .elsewhere/
 	$(RUN) -m benchmark.studies.elsewhere
 	$(RUN) -m pytest -rs tests/test_elsewhere.py
 

@@ -73,7 +73,8 @@ def elsewhere(measured: dict) -> str:
     ]
     head = ["where", "versions", "same labels", "largest difference of a probability", "ms a headline"]
     seen_on = environment.hardware_line(measured["environment"])
-    return f"Seen on {seen_on}. Labels and probabilities against Python's there.\n\n{table(head, rows)}"
+    how = f"Seen on {seen_on}. Labels and probabilities against Python's there; 0 is below 1e-6."
+    return f"{how}\n\n{table(head, rows)}"
 
 
 def serving(measured: dict) -> str:

@@ -91,7 +91,7 @@ def test_quick_run_measures_everything(quick_run):
     assert reference["consistency"]["agreement"] == 1
     assert measured["backends"]["fp32-onnx"]["consistency"]["max_change"] < 1e-4
     changes = {name: row["consistency"]["batch_max_change"] for name, row in list(measured["backends"].items())[:4]}
-    assert changes["fp32-torch"] < 1e-4 < changes["onnxruntime-int8"] < 0.3, "dynamic INT8 feels its neighbours"
+    assert changes["fp32-torch"] < 1e-3 < changes["onnxruntime-int8"] < 3, "dynamic INT8 feels its neighbours"
     assert measured["tokenisation"]["p50_ms"] > 0
 
 
@@ -578,6 +578,13 @@ def test_the_floor_is_below_every_back_end(artefact_folder, tmp_path, monkeypatc
     config = {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
     assert floor.weight_bytes(config) == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     assert "share of the floor" in capsys.readouterr().out
+
+
+def test_every_study_calls_itself_as_it_is_called():
+    for path in (ROOT / "benchmark").rglob("*.py"):
+        if "ArgumentParser(" in (text := path.read_text(encoding="utf-8")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            assert f'prog="python -m {module}"' in text, f"{path.name}: its usage line would name a file"
 
 
 def test_help_names_the_command_and_the_peers(monkeypatch, capsys):

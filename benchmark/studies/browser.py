@@ -21,7 +21,7 @@ DONE = "#bars[aria-busy=false]"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python -m benchmark.studies.browser")
     parser.add_argument("folder", type=Path)
     parser.add_argument("headlines", nargs="+")
     parser.add_argument("--screenshot", type=Path)

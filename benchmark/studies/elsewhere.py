@@ -1,6 +1,6 @@
 """The ONNX INT8 artefact outside this Python: what runs it on this machine, and whether it answers the same.
 
-    python -m benchmark.studies.elsewhere                 # all targets; 1 GB into .elsewhere/ at first
+    python -m benchmark.studies.elsewhere                 # all targets; 2 GB into .elsewhere/ at first
     python -m benchmark.studies.elsewhere node browser    # these targets, beside what was seen of the others
 
 Writes results/elsewhere/results.json, from which `python -m benchmark --readme` fills the table of examples/README.md.
@@ -300,7 +300,7 @@ TARGETS: dict[str, tuple[str, Callable[[bool], Target]]] = {
     "optimum": ("Optimum's `pipeline`", optimum),
     "oldest": ("an old ONNX Runtime", oldest),
     "arm": ("ARM64 Neoverse N1, emulated", arm),
-    "arm-sme": ("ARM64 with SME, emulated", arm_sme),
+    "arm-sme": ("ARM64 with SME, emulated, without KleidiAI", arm_sme),
 }
 EMULATED, EVERY = ("arm", "arm-sme"), 10  # an emulated processor is slow: every tenth headline
 
@@ -341,7 +341,9 @@ def compare(answers: list[dict], labels: list[str], expected: np.ndarray) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.elsewhere", description=console.first_line(__doc__)
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - TARGETS.keys():

@@ -96,7 +96,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.studies.serving", description=console.first_line(__doc__)
+    )
     options.add_artefact(parser)
     add, number = parser.add_argument, options.positive
     add("--servers", nargs="+", choices=SERVERS, default=[*SERVERS], help="default: all")

@@ -47,7 +47,7 @@ GERMAN = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=console.first_line(__doc__))
+    parser = argparse.ArgumentParser(prog="python -m benchmark.studies.static", description=console.first_line(__doc__))
     options.add_model_options(parser)
     parser.add_argument("--data", type=Path, default=TEST_HEADLINES, help="headlines (default: test.csv)")
     parser.add_argument("--titles", type=Path, help="also texts of another source, such as AG News' titles")

@@ -148,6 +148,7 @@ int main(int count, char** arguments) try {
     check(ort->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "classify", &environment));
     check(ort->CreateSessionOptions(&options));
     check(ort->SetIntraOpNumThreads(options, 1));
+    check(ort->AddSessionConfigEntry(options, "mlas.disable_kleidiai", "1"));  // its kernels for SME change labels
     check(ort->CreateSession(environment, (folder + "/model_quantized.onnx").c_str(), options, &session));
 
     OrtAllocator* allocator;

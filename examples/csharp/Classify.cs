@@ -76,7 +76,8 @@ class WordPiece // with the settings of a tokenizer.json and of a manifest
     {
         JsonElement normalizer = file.GetProperty("normalizer"), model = file.GetProperty("model");
         JsonElement post = file.GetProperty("post_processor"), tokens = file.GetProperty("added_tokens");
-        string Of(JsonElement part, string name) => part.ValueKind == JsonValueKind.Object ? $"{part.GetProperty(name)}" : "";
+        string Of(JsonElement part, string name) =>
+            part.ValueKind == JsonValueKind.Object && part.TryGetProperty(name, out var found) ? $"{found}" : "";
         string type = Of(post, "type"), known = "BertNormalizer BertPreTokenizer WordPiece [UNK] ## 100";
         string kind = $"{Of(normalizer, "type")} {Of(file.GetProperty("pre_tokenizer"), "type")} {Of(model, "type")} "
             + $"{Of(model, "unk_token")} {Of(model, "continuing_subword_prefix")} {Of(model, "max_input_chars_per_word")}";
