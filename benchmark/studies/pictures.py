@@ -18,6 +18,7 @@ HEADLINE = "Cybersecurity breach exposes NHS patient records"
 GREY, BEFORE, AFTER = "#777777", labs.ORANGE, labs.BLUE
 NEIGHBOURS = 300  # training headlines among which the neighbour of a picture is looked for
 SHOWN = 28  # weights or values of a close-up
+NEIGHBOUR_STEPS = 4  # the same for the values of a headline beside its neighbour
 NEAR = 10  # steps: the close-up of weights shows those that are smaller, or the steps would be too narrow to see
 
 
@@ -46,8 +47,8 @@ class Product:
     """One matrix product of the network: its weights, and what its input looks like over typical headlines.
 
     weight [out, in]; moment [in, in] second moments of the input; largest [in] largest entry of each input column;
-    headline [tokens, in] its input for HEADLINE, neighbour that of the one of NEIGHBOURS training headlines whose input
-    reaches furthest once scaled. All float32, before any preparation.
+    headline [tokens, in] its input for HEADLINE, neighbour that of the one of NEIGHBOURS training headlines that makes
+    its steps coarsest in a batch of two. All float32, before any preparation.
     """
 
     def __init__(self, fp32: classifier.Classifier):
@@ -78,7 +79,9 @@ class Product:
             [fp32.encode([text]) for text in some],
             lambda one, inputs: rows.append(inputs[0].flatten(0, -2).numpy()) if one is module else None,
         )
-        furthest = max(range(len(rows)), key=lambda place: np.ptp(self.scaled(rows[place])))
+        furthest = max(
+            range(len(rows)), key=lambda place: to_bytes(self.scaled(np.concatenate([self.headline, rows[place]])))[1]
+        )
         self.neighbour, self.neighbour_text = rows[furthest], some[furthest]
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
@@ -204,7 +207,8 @@ def draw_headline(plt, product: Product):
 def draw_neighbour(plt, product: Product):
     """The same few values of one headline on the steps it has alone, and on those it has beside a neighbour."""
     values, other = product.scaled(product.headline), product.scaled(product.neighbour)
-    shown = values[0][np.abs(values[0]).argsort()[:SHOWN]]  # the smallest show what a step does
+    near = NEIGHBOUR_STEPS * to_bytes(values)[1]
+    shown = values[0][np.abs(values[0]) < near][:SHOWN]
     figure, panels = plt.subplots(2, 1, figsize=(10, 6.4), layout="constrained", sharex=True, sharey=True)
     beside = f"Beside “{product.neighbour_text}”"
     for axes, batch, title in zip(panels, (values, np.concatenate([values, other])), ("Alone", beside), strict=True):
