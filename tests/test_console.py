@@ -95,7 +95,7 @@ def test_a_mount_point_gets_the_new_files_and_no_others(artefact_folder, tmp_pat
     output, new = tmp_path / "mounted", tmp_path / "new"
     shutil.copytree(artefact_folder("torch"), output)
     shutil.copytree(artefact_folder("onnx"), new)
-    replace_files(output, new)
+    replace_files(output, new, "manifest.json")
     assert artefact.load(output).backend == "onnxruntime"
     assert {path.name for path in output.iterdir()} == {path.name for path in new.iterdir()}
 

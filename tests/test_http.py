@@ -23,7 +23,7 @@ for package in ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_clien
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements/http.txt")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from benchmark import results, tables  # noqa: E402
+from benchmark import results, study_tables  # noqa: E402
 from lab04 import artefact  # noqa: E402
 from lab04.run.runtimes import open_backend  # noqa: E402
 from lab04.run.scores import softmax  # noqa: E402
@@ -321,10 +321,10 @@ def test_the_study_measures_what_its_tables_show(folder, tmp_path):
         ("serving-overload", overload["at_once"]["per_second"]),
         ("serving-memory", memory["after_mb"]),
     ):
-        text = tables.TABLES[name](measured)
+        text = study_tables.OF_A_STUDY[name](measured)
         assert any(form.format(shown) in text for form in ("{:.0f}", "{:.1f}"))
-    assert measured["date"] in tables.TABLES["serving-run"](measured)
-    assert "Not measured" in tables.TABLES["serving-file"](measured)
+    assert measured["date"] in study_tables.OF_A_STUDY["serving-run"](measured)
+    assert "Not measured" in study_tables.OF_A_STUDY["serving-file"](measured)
 
 
 def test_the_study_says_in_one_line_what_is_missing(folder):

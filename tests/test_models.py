@@ -195,7 +195,7 @@ def test_models_own_length_limit_counts(artefact_folder):
     tokenise, runtime = artefact.Tokeniser(built), runtimes.open_backend(built)
     tokens = tokenise(["word " * 500])
     assert tokens["input_ids"].shape == (1, POSITIONS)
-    assert tokenise.dropped("word " * 500) > 0
+    assert tokenise.dropped("word " * 500, tokens) > 0
     assert np.isfinite(runtime.logits(tokens)).all()
 
 

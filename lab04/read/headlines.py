@@ -15,12 +15,11 @@ AG_NEWS_CLASSES = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"
 
 
 class Row(NamedTuple):
-    """A headline, the line it begins on (its place in a JSON array), its label if it has one, its description."""
+    """A headline, the line it begins on (its place in a JSON array), its label if it has one."""
 
     line: int
     text: str
     label: str | None = None
-    description: str = ""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +72,7 @@ def read(
                     meant = ", ".join(f"{number} {each}" for number, each in enumerate(own[:3]))
                     print(f"{name}: labels are numbers, taken as the model's classes: {meant} …", file=sys.stderr)
                 label = own_label(label, own, names, place)
-            further = values[names.index("description")] if "description" in names else None
-            yield Row(line, text, label, str(further or "").strip())
+            yield Row(line, text, label)
             count += 1
         elif kind != "text":
             skipped += 1
