@@ -22,7 +22,6 @@ from lab04.console import run
 from lab04.quantise import fp16_graph, onnx_graph, tensorrt_build
 from lab04.read import classifier
 from lab04.run.backend import Unavailable
-from lab04.run.tensorrt_engine import INSTALL
 
 LAB = labs.LABS[2]
 ENGINE_FILE = "model_fp16.engine"
@@ -61,8 +60,8 @@ def main() -> None:
     report.close_lab(fp32, artefact, arguments.output, "python predict.py")
     if absent:
         raise NoEngine(
-            f"no engine here, which is no failure: {absent}; on a machine with an NVIDIA GPU run "
-            f"{INSTALL} && python lab04-nvidia.py"
+            f"no engine here, which is no failure: {absent}; on a machine with an NVIDIA GPU "
+            "python lab04-nvidia.py --check tells what is missing"
         )
 
 
