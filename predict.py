@@ -26,7 +26,7 @@ from lab04 import ROOT, LabError, labs, options
 from lab04.artefact import Tokeniser
 from lab04.compare import charts, report, side_by_side
 from lab04.compare.side_by_side import Runner
-from lab04.console import run
+from lab04.console import run, whole_line
 from lab04.read import headlines
 from lab04.read.formats import ENDINGS
 from lab04.read.headlines import Row
@@ -168,11 +168,12 @@ def write_batches(
     said = f"batches of {arguments.batch}"
     with contextlib.closing(answers):
         for answer in tqdm(answers, said, unit=" headlines", file=sys.stderr, disable=None):
-            if arguments.csv:
-                table.writerow(report.csv_row(answer, runner))
-                sys.stdout.flush()
-            else:
-                print(report.json_line_of_batch(answer, runner), flush=True)
+            with whole_line():
+                if arguments.csv:
+                    table.writerow(report.csv_row(answer, runner))
+                    sys.stdout.flush()
+                else:
+                    print(report.json_line_of_batch(answer, runner), flush=True)
 
 
 def write_report(

@@ -15,6 +15,7 @@ from pathlib import Path
 from lab04 import ROOT, LabError, interrupted
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+writing = threading.Event()  # set while a line is printed that Ctrl-C must not tear
 READER_GONE = 141  # and for a pipe that nobody reads any more
 
 
@@ -134,6 +135,18 @@ def can_flush(stream) -> bool:
 
 
 @contextlib.contextmanager
+def whole_line() -> Iterator[None]:
+    """Let Ctrl-C wait until what is printed in this block is out."""
+    writing.set()
+    try:
+        yield
+    finally:
+        writing.clear()
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def remembering_interrupts() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt as ever, and also set `lab04.interrupted`, which no `except` can swallow.
 
@@ -142,7 +155,8 @@ def remembering_interrupts() -> Iterator[None]:
 
     def interrupt(*_):
         interrupted.set()
-        raise KeyboardInterrupt
+        if not writing.is_set():
+            raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
     report = sys.unraisablehook

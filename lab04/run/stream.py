@@ -1,5 +1,6 @@
 """A file of any length through one back end, in batches: what is next is read and tokenised while the model runs."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from lab04.read.headlines import Row
 from lab04.run.backend import Backend
 from lab04.run.scores import softmax
 
+LEAVE_S = 0.5  # a batch of the longest texts is tokenised in a fraction of it
 AHEAD = 2  # batches that wait for the model: one is enough to keep it busy, the other for a slow moment of the reader
 
 
@@ -39,11 +41,14 @@ def answers(rows: Iterable[Row], tokenise: Tokeniser, backend: Backend, batch: i
     Raises what `rows` raises, after the answers to all rows before.
     """
     waiting: queue.Queue = queue.Queue(AHEAD)
+    stop = threading.Event()
     model = ThreadPoolExecutor(1, "model")  # a call at a time, so that the next begins while answers are printed
 
     def read_ahead() -> None:
         try:
             for chunk in batches(rows, batch):
+                if stop.is_set():
+                    return
                 tokens = tokenise([row.text for row in chunk])
                 waiting.put((chunk, tokens, model.submit(run, backend, tokens)))
             waiting.put(None)
@@ -51,7 +56,8 @@ def answers(rows: Iterable[Row], tokenise: Tokeniser, backend: Backend, batch: i
             waiting.put(error)
 
     # A daemon: it may wait for a pipe that says nothing more, and Ctrl-C must not wait with it.
-    threading.Thread(target=read_ahead, name="reader", daemon=True).start()
+    reader = threading.Thread(target=read_ahead, name="reader", daemon=True)
+    reader.start()
     try:
         while (item := waiting.get()) is not None:
             if isinstance(item, BaseException):
@@ -63,7 +69,13 @@ def answers(rows: Iterable[Row], tokenise: Tokeniser, backend: Backend, batch: i
                 truncated = length == tokenise.max_length and tokenise.dropped(row.text, tokens) > 0
                 yield Answer(row, length, truncated, scores, again, len(chunk), batch_ms)
     finally:
-        model.shutdown(cancel_futures=True)  # what waits is dropped; the reader goes with the process
+        stop.set()
+        model.shutdown(cancel_futures=True)  # what waits is dropped
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()  # the reader may wait for room
+        # In a pipe's silence it may stay. In the tokeniser it must not: Python's end there aborts the process.
+        reader.join(LEAVE_S)
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
