@@ -60,11 +60,14 @@ def write_random(file: Path, seed: int = 0, **shape) -> Path:
     return file
 
 
-def random_texts(engine: Engine, lengths: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, types and lengths of texts, as `Engine.logits` takes them."""
-    random, count = np.random.default_rng(seed), sum(lengths)
-    ids, types = random.integers(0, engine.shape.words, count), random.integers(0, engine.shape.types, count)
-    return ids, types, np.array(lengths, np.int32)
+def random_texts(engine: Engine, lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
+    """Texts of so many tokens, padded on either side by ids that no model knows."""
+    random, shape = np.random.default_rng(seed), (len(lengths), max(lengths))
+    mask = np.arange(shape[1]) < np.array(lengths)[:, None]
+    mask[1::2] = mask[1::2, ::-1]
+    ids, types = random.integers(0, engine.shape.words, shape), random.integers(0, engine.shape.types, shape)
+    ids[~mask], types[~mask] = 10**12, -1
+    return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask.astype(np.int64)}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -90,15 +93,12 @@ def test_kernels_give_the_bits_of_the_plain_loop(
     weights = write_random(tmp_path / "weights", seed, **shape)
     quick, plain = (Engine(library(*options, *more), weights) for more in ([], ["-DPLAIN"]))
     texts = random_texts(quick, lengths, seed)
-    logits = quick.logits(*texts)
+    logits = quick.logits(texts)
     assert np.isfinite(logits).all() and logits.shape == (len(lengths), labels)
-    assert np.array_equal(logits, plain.logits(*texts))
-    ends = np.cumsum(lengths)
-    alone = [
-        quick.logits(texts[0][end - n : end], texts[1][end - n : end], np.array([n], np.int32))
-        for n, end in zip(lengths, ends, strict=True)
-    ]
-    assert np.array_equal(logits, np.concatenate(alone))  # at any place of any batch
+    assert np.array_equal(logits, plain.logits(texts))
+    kept = texts["attention_mask"] == 1
+    alone = [quick.logits({name: ids[row, kept[row]][None] for name, ids in texts.items()}) for row in range(len(kept))]
+    assert np.array_equal(logits, np.concatenate(alone))  # at any place of any batch, without padding
     quick.close()
     plain.close()
 
@@ -112,13 +112,8 @@ def test_the_engine_gives_the_logits_of_the_network(family, activation, library,
     network = preparation.prepare(fp32, training_texts()[40:104])
     this_cpu.write_weights(network, tmp_path / "weights")
     engine, reference = Engine(library(), tmp_path / "weights"), fp32.logits(texts)
-    rows = []
-    for text in texts:
-        tokens = {name: tensor[0].numpy() for name, tensor in fp32.encode([text]).items()}
-        ids = tokens["input_ids"]
-        types = tokens.get("token_type_ids", np.zeros_like(ids))
-        rows.append(engine.logits(ids, types, np.array([len(ids)], np.int32)))
-    error = np.concatenate(rows) - reference
+    encoded = [{name: tensor.numpy() for name, tensor in fp32.encode([text]).items()} for text in texts]
+    error = np.concatenate([engine.logits(tokens) for tokens in encoded]) - reference
     assert np.sqrt(np.mean(error**2)) < 0.06 * reference.std()
     assert np.sqrt(np.mean(error[-1] ** 2)) < 0.12 * reference.std()
     engine.close()
@@ -173,12 +168,22 @@ def test_sanitisers_find_nothing(library, tmp_path):
     code = f"""
 import numpy as np
 from pathlib import Path
-from lab04.run.int8_engine import Engine, in_parts
+from lab04 import LabError
+from lab04.run.int8_engine import Engine
 engine = Engine(Path({str(sanitised)!r}), Path({str(weights)!r}))
 random = np.random.default_rng(0)
 for lengths in [[n] for n in (*range(1, 50), 512)] + [[1] * 96, [3, 90, 1], [17, 1, 2, 5]]:
-    ids, lengths = random.integers(0, 50, sum(lengths)), np.array(lengths, np.int32)
-    assert engine.logits(ids, ids % 2, lengths).shape == (len(lengths), 5)
+    ids = random.integers(0, 50, (len(lengths), max(lengths)))
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    tokens = dict(input_ids=ids, token_type_ids=ids % 2, attention_mask=mask)
+    assert engine.logits(tokens).shape == (len(lengths), 5)
+    del tokens["token_type_ids"]
+    assert engine.logits(tokens).shape == (len(lengths), 5)
+for wrong, length in ((50, 9), (-1, 9), (2**40, 9), (1, 513), (1, 600), (1, 0)):
+    try:
+        engine.logits(dict(input_ids=np.full((1, length), wrong), attention_mask=np.ones((1, length), np.int64)))
+    except LabError as error:
+        print(error)
 engine.close()
 print("done")
 """
@@ -187,7 +192,8 @@ print("done")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout == "done\n", done.stderr
+    *refused, last = done.stdout.splitlines()
+    assert last == "done" and len(refused) == 6, done.stderr
 
 
 # --- What it refuses --------------------------------------------------------------------------------------

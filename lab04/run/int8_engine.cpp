@@ -9,7 +9,7 @@
 //
 // Weights are int8 from -64 to 64 with one scale for each output. Inputs are uint8 with one scale and one zero point
 // for each token, found while it runs: so no neighbour, no padding and no place in a batch changes an answer.
-// Whoever calls checks what he gives; nothing here allocates while headlines run, or keeps anything between them.
+// Nothing here allocates while headlines run, or keeps anything between them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -425,32 +425,59 @@ static bool sound(const Shape& s) {
 
 // --- 5. The workspace ------------------------------------------------------------------------------------------
 
-struct Workspace {  // all that one call writes, for at most `tokens` tokens
+struct Workspace {  // all that one call writes, for at most `room` tokens
   Shape shape;
-  int tokens;
+  int room, headlines, tokens;
+  int64_t *ids, *types;  // [tokens]: the texts' end to end
+  int32_t* lengths;      // [headlines]
   float *hidden, *query, *key_value, *context, *intermediate, *keys_by_size, *scores;
   Quantised quantised;
   void* block = nullptr;
-  Workspace(const Shape& shape, int tokens) : shape(shape), tokens(tokens) {}
+  Workspace(const Shape& shape, int room) : shape(shape), room(room) {}
   ~Workspace() { free(block); }
 
   void place(Memory& memory) {
-    auto rows = [&](int width) { return memory.take<float>((size_t)tokens * whole_panels(width)); };
+    ids = memory.take<int64_t>(room);
+    types = memory.take<int64_t>(room);
+    lengths = memory.take<int32_t>(room);
+    auto rows = [&](int width) { return memory.take<float>((size_t)room * whole_panels(width)); };
     const int widest = std::max(shape.intermediate, std::max(shape.hidden, shape.embedding));
     hidden = rows(shape.hidden);
     query = rows(shape.hidden);
     key_value = rows(2 * shape.hidden);
     context = rows(std::max(shape.hidden, shape.embedding));
     intermediate = rows(std::max(shape.intermediate, shape.labels));
-    keys_by_size = memory.take<float>((size_t)shape.hidden / shape.heads * (tokens + LANES));
-    scores = memory.take<float>((size_t)QUERIES * (tokens + LANES));
-    quantised.bytes = memory.take<uint8_t>((size_t)tokens * widest);
-    quantised.scales = memory.take<float>(tokens);
-    quantised.zeros = memory.take<int32_t>(tokens);
+    keys_by_size = memory.take<float>((size_t)shape.hidden / shape.heads * (room + LANES));
+    scores = memory.take<float>((size_t)QUERIES * (room + LANES));
+    quantised.bytes = memory.take<uint8_t>((size_t)room * widest);
+    quantised.scales = memory.take<float>(room);
+    quantised.zeros = memory.take<int32_t>(room);
   }
 };
 
 // --- 6. The network --------------------------------------------------------------------------------------------
+
+enum Refusal : int32_t { NOTHING, LENGTH, UNKNOWN };
+
+// Lays the tokens that the mask keeps end to end: nothing is computed for padding, on whichever side it is.
+static Refusal gather(Workspace& w, const int64_t* ids, const int64_t* types, const int64_t* mask, int headlines,
+                      int width) {
+  w.headlines = headlines, w.tokens = 0;
+  for (int headline = 0; headline < headlines; headline++) {
+    const int before = w.tokens;
+    for (int k = headline * width; k < (headline + 1) * width; k++) {
+      if (!mask[k]) continue;
+      const int64_t type = types ? types[k] : 0;
+      if (ids[k] < 0 || ids[k] >= w.shape.words || type < 0 || type >= w.shape.types) return UNKNOWN;
+      if (w.tokens == w.room) return LENGTH;
+      w.ids[w.tokens] = ids[k];
+      w.types[w.tokens++] = type;
+    }
+    w.lengths[headline] = w.tokens - before;
+    if (w.tokens == before || w.tokens - before > w.shape.positions - w.shape.first_position) return LENGTH;
+  }
+  return NOTHING;
+}
 
 static inline INLINED Floats embedded(const Table& table, int64_t row, int width, int k) {
   const Signed bytes = *(const Signed*)(table.rows + row * width + k);
@@ -459,11 +486,11 @@ static inline INLINED Floats embedded(const Table& table, int64_t row, int width
 
 // Sums of word, position and type, a row a token. Positions count from `first_position` on; before it is the padding
 // id, whose token, should a text contain one, has no place among the others (RoBERTa).
-static void embed(const Model& model, const int64_t* ids, const int64_t* types, const int32_t* lengths, int headlines,
-                  float* out, int stride) {
+static void embed(const Model& model, const Workspace& w, float* out, int stride) {
   const int width = model.shape.embedding, first = model.shape.first_position;
-  for (int headline = 0; headline < headlines; headline++)
-    for (int token = 0, read = first; token < lengths[headline]; token++, ids++, types++, out += stride) {
+  const int64_t *ids = w.ids, *types = w.types;
+  for (int headline = 0; headline < w.headlines; headline++)
+    for (int token = 0, read = first; token < w.lengths[headline]; token++, ids++, types++, out += stride) {
       const int position = *ids == first - 1 ? first - 1 : read++;
       for (int k = 0; k < width; k += LANES)
         store(out + k, embedded(model.words, *ids, width, k) + embedded(model.positions, position, width, k) +
@@ -472,10 +499,10 @@ static void embed(const Model& model, const int64_t* ids, const int64_t* types, 
 }
 
 // Moves the first token of each headline to the front: with it the last layer goes on, the classifier reads no other.
-static void keep_first_tokens(Workspace& w, int stride, const int32_t* lengths, int headlines) {
+static void keep_first_tokens(Workspace& w, int stride) {
   const size_t width = w.shape.hidden;
   Quantised& q = w.quantised;
-  for (int headline = 0, token = 0; headline < headlines; token += lengths[headline++]) {
+  for (int headline = 0, token = 0; headline < w.headlines; token += w.lengths[headline++]) {
     memmove(w.hidden + (size_t)headline * stride, w.hidden + (size_t)token * stride, width * sizeof(float));
     memmove(q.bytes + headline * width, q.bytes + token * width, width);
     q.scales[headline] = q.scales[token];
@@ -483,13 +510,10 @@ static void keep_first_tokens(Workspace& w, int stride, const int32_t* lengths, 
   }
 }
 
-static void classify(const Model& model, Workspace& w, const int64_t* ids, const int64_t* types, const int32_t* lengths,
-                     int headlines, float* logits) {
+static void classify(const Model& model, Workspace& w, float* logits) {
   const Shape& shape = model.shape;
-  const int width = shape.hidden, stride = model.head.columns;
+  const int width = shape.hidden, stride = model.head.columns, headlines = w.headlines, tokens = w.tokens;
   Quantised& q = w.quantised;
-  int tokens = 0;
-  for (int headline = 0; headline < headlines; headline++) tokens += lengths[headline];
   // x is rounded for a Linear, and multiplied; what follows is `activation`, or the sum with what was in `out`.
   auto apply = [&](const float* x, int x_stride, int rows, const Linear& linear, Activation activation, bool add,
                    float* out) {
@@ -500,7 +524,7 @@ static void classify(const Model& model, Workspace& w, const int64_t* ids, const
   const bool projects = shape.embedding != width;
   float* const sums = projects ? w.context : w.hidden;
   const int sums_stride = projects ? shape.embedding : stride;
-  embed(model, ids, types, lengths, headlines, sums, sums_stride);
+  embed(model, w, sums, sums_stride);
   normalise(sums, sums_stride, tokens, shape.embedding, model.norm, shape.epsilon);
   if (projects) apply(sums, sums_stride, tokens, model.project, NONE, false, w.hidden);
 
@@ -508,12 +532,12 @@ static void classify(const Model& model, Workspace& w, const int64_t* ids, const
     const bool last = &layer == &model.layers.back();
     const int rows = last ? headlines : tokens;
     apply(w.hidden, stride, tokens, layer.key_value, NONE, false, w.key_value);
-    if (last) keep_first_tokens(w, stride, lengths, headlines);
+    if (last) keep_first_tokens(w, stride);
     product(q, rows, layer.query, NONE, false, w.query);
-    for (int headline = 0, token = 0; headline < headlines; token += lengths[headline++]) {
+    for (int headline = 0, token = 0; headline < headlines; token += w.lengths[headline++]) {
       const size_t row = last ? headline : token;
-      const int pair = layer.key_value.columns, queries = last ? 1 : lengths[headline];
-      attend(w.query + row * stride, stride, w.key_value + (size_t)token * pair, pair, lengths[headline], queries,
+      const int pair = layer.key_value.columns, length = w.lengths[headline];
+      attend(w.query + row * stride, stride, w.key_value + (size_t)token * pair, pair, length, last ? 1 : length,
              shape.heads, width / shape.heads, w.context + row * stride, w.keys_by_size, w.scores);
     }
     apply(w.context, stride, rows, layer.output, NONE, true, w.hidden);
@@ -579,9 +603,12 @@ Workspace* engine_new_workspace(const Model* model, int tokens) {
 
 void engine_free_workspace(Workspace* workspace) { delete workspace; }
 
-// Logits [headlines, labels] of headlines that lie one after another in `ids` and `types`, each of `lengths` tokens.
-void engine_logits(const Model* model, Workspace* workspace, const int64_t* ids, const int64_t* types,
-                   const int32_t* lengths, int headlines, float* logits) {
-  classify(*model, *workspace, ids, types, lengths, headlines, logits);
+// Logits [headlines, labels] of headlines whose token ids, types and mask are rows of `width`; null types are all 0.
+// Returns why it refuses: LENGTH for a text without a token, or more of them than model or workspace take.
+Refusal engine_logits(const Model* model, Workspace* workspace, const int64_t* ids, const int64_t* types,
+                      const int64_t* mask, int headlines, int width, float* logits) {
+  const Refusal refusal = gather(*workspace, ids, types, mask, headlines, width);
+  if (refusal == NOTHING) classify(*model, *workspace, logits);
+  return refusal;
 }
 }

@@ -21,6 +21,7 @@ WEIGHTS_FILE, LIBRARY_FILE = "model_int8.safetensors", "int8_engine.so"
 # Tokens of one call: what lies between the layers stays in the core's own cache, and each weight that comes from the
 # shared one serves as many tokens. Between 96 and 256 it hardly matters (docs/int8.md).
 PART = 96
+LENGTH = 1  # of the C++ file's reasons to refuse a call
 
 
 class Shape(ctypes.Structure):
@@ -100,8 +101,12 @@ class Engine:
         self.shape, tensors = read_weights(weights)
         self._library = ctypes.CDLL(str(library.resolve()))
         self._library.engine_load.restype = self._library.engine_new_workspace.restype = ctypes.c_void_p
+        self._library.engine_new_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        self._library.engine_free_workspace.argtypes = self._library.engine_unload.argtypes = [ctypes.c_void_p]
+        self._run = self._library.engine_logits
+        self._run.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 2 + [ctypes.c_void_p]
         pointers = (ctypes.c_void_p * len(tensors))(*(tensor.ctypes.data for tensor in tensors))
-        self._model = ctypes.c_void_p(self._library.engine_load(ctypes.byref(self.shape), pointers))
+        self._model = self._library.engine_load(ctypes.byref(self.shape), pointers)
         if not self._model:
             raise ValueError(f"{weights.name} is none that the engine can run")
         self._tables = tensors[:6]  # used where they lie
@@ -109,23 +114,29 @@ class Engine:
         self._room = max(PART, self.longest)
         self._workspaces: queue.SimpleQueue = queue.SimpleQueue()
 
-    def logits(self, ids: np.ndarray, types: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Logits [headlines, labels] float32; `ids`, `types` int64 [tokens], `lengths` int32 [headlines], contiguous.
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """Logits [headlines, labels] float32 of int64 tokens [headlines, width], at most PART of them or one text.
 
-        Nothing is checked here: ids, types and lengths must be within the shape, the tokens at most PART or one text.
+        Raises LabError for ids the model does not know, and for texts without a token or with more than it can read.
         """
+        ids, mask = (np.ascontiguousarray(tokens[name], np.int64) for name in ("input_ids", "attention_mask"))
+        types = np.ascontiguousarray(tokens["token_type_ids"], np.int64) if "token_type_ids" in tokens else None
         try:
             workspace = self._workspaces.get_nowait()
         except queue.Empty:
-            workspace = ctypes.c_void_p(self._library.engine_new_workspace(self._model, self._room))
+            workspace = self._library.engine_new_workspace(self._model, self._room)
             if not workspace:
                 raise MemoryError from None
-        logits = np.empty((len(lengths), self.shape.labels), np.float32)
-        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (ids, types, lengths))
-        self._library.engine_logits(
-            self._model, workspace, *pointers, len(lengths), ctypes.c_void_p(logits.ctypes.data)
-        )
+        logits = np.empty((len(ids), self.shape.labels), np.float32)
+        pointers = [None if array is None else array.ctypes.data for array in (ids, types, mask)]
+        refusal = self._run(self._model, workspace, *pointers, *ids.shape, logits.ctypes.data)
         self._workspaces.put(workspace)
+        if refusal == LENGTH:
+            lengths = np.count_nonzero(mask, axis=1)
+            raise LabError(f"a text has {lengths.min()} or {lengths.max()} tokens, not 1 to {self.longest}")
+        if refusal:
+            words, kinds = self.shape.words, self.shape.types
+            raise LabError(f"a token's id or type is not below {words} or {kinds}: another tokeniser's?")
         return logits
 
     def close(self) -> None:
@@ -133,7 +144,7 @@ class Engine:
         while not self._workspaces.empty():
             self._library.engine_free_workspace(self._workspaces.get())
         self._library.engine_unload(self._model)
-        self._model = ctypes.c_void_p()
+        self._model = None
 
 
 class Int8EngineBackend(Backend):
@@ -153,27 +164,13 @@ class Int8EngineBackend(Backend):
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]: the same alone and in any batch.
-
-        Raises LabError for ids the model does not know, and for texts without a token or with more than it can read.
-        """
-        kept = tokens["attention_mask"] != 0
-        lengths = kept.sum(axis=1, dtype=np.int32)
-        ids = tokens["input_ids"][kept]  # end to end, without padding
-        types = tokens["token_type_ids"][kept] if "token_type_ids" in tokens else np.zeros_like(ids)
-        shape = self._engine.shape
-        if lengths.min() < 1 or lengths.max() > self._engine.longest:
-            raise LabError(f"a text has {lengths.min()} or {lengths.max()} tokens, not 1 to {self._engine.longest}")
-        if ids.min() < 0 or ids.max() >= shape.words or types.min() < 0 or types.max() >= shape.types:
-            raise LabError(f"a token's id or type is not below {shape.words} or {shape.types}: another tokeniser's?")
-        parts = in_parts(lengths, self._threads)
-        if len(parts) == 1:
-            return self._check(self._engine.logits(ids, types, lengths))
-        ends = np.concatenate([[0], np.cumsum(lengths)])
+        """Logits [batch, labels] float32 of int64 tokens [batch, sequence]: the same alone and in any batch."""
+        if len(tokens["input_ids"]) == 1:
+            return self._check(self._engine.logits(tokens))
+        parts = in_parts(np.count_nonzero(tokens["attention_mask"], axis=1), self._threads)
 
         def run(part: slice) -> np.ndarray:
-            tokens = slice(ends[part.start], ends[part.stop])
-            return self._engine.logits(ids[tokens], types[tokens], lengths[part])
+            return self._engine.logits({name: ids[part] for name, ids in tokens.items()})
 
         return self._check(np.concatenate(list(self._pool.map(run, parts) if self._pool else map(run, parts))))
 
