@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--test", type=Path, default=HERE / "headlines" / "test.csv", help="our test headlines, text,label")
     add("--base", default=model_files.DEFAULT_BASE, help="encoder: hub id or folder (default: %(default)s)")
     add("--output", type=Path, default=HERE / "trained", help="adapter folder (default: lora-news/trained)")
-    add("--epochs", type=float, default=2, help="passes over the data (default: %(default)s)")
+    add("--epochs", type=float, default=3, help="passes over the data (default: %(default)s)")
     add("--ag-rows", type=options.positive, default=18500, help="AG News rows to train on (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="peak of the cosine schedule (default: %(default)s)")
     add("--batch-size", type=options.positive, default=32, help="texts a step (default: %(default)s)")
