@@ -256,8 +256,12 @@ def test_weights_of_more_than_seven_bits_are_refused(library, tmp_path):
 @pytest.mark.parametrize(
     "compiled_for, said",
     [
-        ({"library": "nowhere.so", "flags": ["no_cpu_has_it"]}, "needs a processor with no_cpu_has_it"),
+        (
+            {"library": "nowhere.so", "interface": int8_engine.INTERFACE, "flags": ["no_cpu_has_it"]},
+            "needs a processor with no_cpu_has_it",
+        ),
         ({"torch": "2.13.0", "flags": []}, "an older lab.* run python lab04-torch.py --this-cpu"),
+        ({"library": "nowhere.so", "flags": []}, "an older lab.* run python lab04-torch.py --this-cpu"),
     ],
 )
 def test_code_for_another_machine_is_refused_before_it_is_opened(compiled_for, said, tmp_path):
@@ -285,6 +289,14 @@ def test_what_it_does_not_know_is_refused_by_name(family, shape, said):
         setattr(config, name, value)
     network = transformers.AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(LabError, match=said):
+        this_cpu.read_network(network)
+
+
+def test_queries_whose_inputs_are_scaled_otherwise_are_refused(model_folder):
+    fp32 = classifier.load(str(model_folder("minilm", 9)))
+    network = preparation.prepare(fp32, training_texts()[:64])
+    network.bert.encoder.layer[1].attention.self.query.inverse_scale[3] *= 2
+    with pytest.raises(LabError, match="queries whose inputs are scaled otherwise"):
         this_cpu.read_network(network)
 
 

@@ -41,7 +41,8 @@ def build(network, folder: Path) -> dict:
     """Write weights file and engine of a prepared network into a folder. Returns what its manifest must say of them."""
     write_weights(network, folder / int8_engine.WEIGHTS_FILE)
     compile_engine(folder / int8_engine.LIBRARY_FILE)
-    return {"compiled_for": {"library": int8_engine.LIBRARY_FILE, "flags": int8_engine.processor_flags()}}
+    engine = {"library": int8_engine.LIBRARY_FILE, "interface": int8_engine.INTERFACE}
+    return {"compiled_for": engine | {"flags": int8_engine.processor_flags()}}
 
 
 def compile_engine(library: Path, *options: str) -> None:
@@ -94,6 +95,9 @@ def read_network(network) -> tuple[int8_engine.Shape, dict[str, np.ndarray]]:
         for name, part in parts.items():
             make = norm if name.endswith("norm") else linear
             tensors |= make(f"layers.{index}.{name}", *part if isinstance(part, tuple) else (part,))
+        query, keys = (tensors[f"layers.{index}.{name}.input_scale"] for name in ("query", "key_value"))
+        if not np.array_equal(query, keys):  # the engine rounds their input once for both
+            raise unknown("queries whose inputs are scaled otherwise than the keys'")
     head, classifier, head_activation = {
         "Bert": lambda: (network.bert.pooler.dense, network.classifier, TANH),
         "DistilBert": lambda: (network.pre_classifier, network.classifier, RELU),

@@ -22,6 +22,7 @@ WEIGHTS_FILE, LIBRARY_FILE = "model_int8.safetensors", "int8_engine.so"
 # shared one serves as many tokens. Between 96 and 256 it hardly matters (docs/int8.md).
 PART = 96
 LENGTH = 1  # of the C++ file's reasons to refuse a call
+INTERFACE = 2  # of the library, raised when a call takes other things: an older one would read them as its own
 
 
 class Shape(ctypes.Structure):
@@ -115,8 +116,9 @@ class Engine:
         self._workspaces: queue.SimpleQueue = queue.SimpleQueue()
 
     def logits(self, tokens: Tokens) -> np.ndarray:
-        """Logits [headlines, labels] float32 of int64 tokens [headlines, width], at most PART of them or one text.
+        """Logits [headlines, labels] float32 of int64 tokens [headlines, width].
 
+        Without padding they are at most PART tokens, or one text.
         Raises LabError for ids the model does not know, and for texts without a token or with more than it can read.
         """
         ids, mask = (np.ascontiguousarray(tokens[name], np.int64) for name in ("input_ids", "attention_mask"))
@@ -196,9 +198,10 @@ def in_parts(lengths: np.ndarray, threads: int) -> list[slice]:
 def check_processor(artefact: Artefact) -> None:
     """Raise LabError, before any compiled code is opened, unless this processor has all the flags it was built for."""
     wanted = artefact.manifest["compiled_for"]
-    if "library" not in wanted:
-        command = f"python lab04-torch.py --this-cpu --output {artefact.folder}"
-        raise LabError(f"{artefact.folder} is of an older lab, which compiled by PyTorch: run {command}")
+    if wanted.get("interface") != INTERFACE:
+        unrecorded = f"python lab04-torch.py --this-cpu --output {artefact.folder}"
+        command = artefact.rebuild_command if "command" in artefact.manifest else unrecorded
+        raise LabError(f"{artefact.folder} is of an older lab, which called its compiled code otherwise: run {command}")
     if missing := sorted(set(wanted["flags"]) - set(processor_flags())):
         needs = f"a processor with {' '.join(missing[:3])}"
         raise LabError(f"{artefact.folder} is compiled code that needs {needs}: run {artefact.rebuild_command} here")
