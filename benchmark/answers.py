@@ -44,11 +44,11 @@ def which_one(measured: dict, real: dict | None) -> str:
     if timed := [name for name, row in answering.items() if "1" in row["latency"]]:
         quickest = min(timed, key=lambda name: ours[name]["latency"]["1"]["p50_ms"])
         times = [row["latency"]["1"][measure] for row in (ours[quickest], fp32) for measure in ("p50_ms", "p95_ms")]
-        answer(
-            "one text at a time",
-            quickest,
-            "p50 {:.1f} ms, p95 {:.1f}; FP32 {:.1f} and {:.1f}".format(*times),
-        )
+        said = "p50 {:.1f} ms, p95 {:.1f}; FP32 {:.1f} and {:.1f}".format(*times)
+        labels = real or measured
+        if (changed := labels["backends"].get(quickest, {}).get("consistency", {}).get("changed")) is not None:
+            said += f"; {changed} of {labels['settings']['headlines']:,} labels changed"
+        answer("one text at a time", quickest, said)
         for what, threads in (("a large file: a process on each core", "1"), ("one process on all cores", most)):
             fastest = max(timed, key=lambda name: best_rate(ours[name], threads)[0])
             (rate, batch), (slow, _) = best_rate(ours[fastest], threads), best_rate(fp32, threads)

@@ -127,10 +127,10 @@ def first_sentence(root: Path) -> str:
     rows = [run["backends"][name] for run in found for name in INT8]
     speeds = [row["latency"]["1"]["speed_up"] for row in rows]
     sizes = [row["model_mb"] / run["backends"][results.REFERENCE]["model_mb"] for run in found for row in rows]
-    changed = [row["consistency"]["changed"] for row in rows]
     headlines = found[0]["settings"]["headlines"]
     engines = [run["backends"]["torch-int8-this-cpu"] for run in found if "torch-int8-this-cpu" in run["backends"]]
     compiled = [row["latency"]["1"]["speed_up"] for row in engines if row["latency"].get("1")]
+    changed = [row["consistency"]["changed"] for row in rows + engines]
     faster = f" Compiled for the processor it stands on, {span_of(compiled, '.1f')} times." if compiled else ""
     return (
         f"**Stored and computed in 8-bit whole numbers, this classifier of news headlines has {max(sizes):.0%} of its "
