@@ -11,7 +11,7 @@ import pytest
 from conftest import HEADLINES, ROOT
 from test_portability import BYTES, ONLY_AFTER, TEXTS, rechecked, with_tokeniser  # noqa: F401
 
-from benchmark.studies import elsewhere
+from benchmark.studies import elsewhere, targets
 from lab04 import artefact
 
 DIFFICULT = [*HEADLINES, *TEXTS, "ETL [SEP] 🙂👩‍🔬 [CLS]x", "naïve cafe\u0301 ﬁne", "the " * 300, "x" * 101]
@@ -23,10 +23,10 @@ ROUNDING = 0.06  # of a probability: what other kernels' rounding moved one by, 
 def target():
     """`target(name)`: how a target is asked; skips the test where it is not set up."""
 
-    def find(name: str) -> elsewhere.Target:
+    def find(name: str) -> targets.Target:
         try:
-            return elsewhere.TARGETS[name][1](False)
-        except elsewhere.Missing as error:
+            return targets.TARGETS[name][1](False)
+        except targets.Missing as error:
             pytest.skip(str(error))
 
     return find
@@ -41,7 +41,7 @@ def served(artefact_folder):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", elsewhere.TARGETS)
+@pytest.mark.parametrize("name", targets.TARGETS)
 def test_difficult_headlines_get_the_same_answers(name, target, served):
     found = target(name)
     # transformers.js and Optimum know no length beyond the model's own, which tokenizer_config.json does not say.

