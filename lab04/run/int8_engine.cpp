@@ -262,8 +262,10 @@ static void multiply(const Quantised& x, int row, const Linear& linear, int colu
     sum[i] = load(linear.sums + column + i % VECTORS * LANES) * -x.zeros[row + i / VECTORS];
   });
   for (; weights != end; weights += 4 * COLUMNS, bytes += 4) {
-    // The next panel, or the next Linear, comes from the shared cache while this one is multiplied.
-    for (int line = 0; line < 4 * COLUMNS; line += 64) __builtin_prefetch(weights + COLUMNS * inputs + line, 0, 2);
+    // The next panel, or the next Linear, comes from the shared cache while this one is multiplied. One row alone is as
+    // quick as the weights come: the processor's own reading ahead has more lines under way than can be asked for.
+    for (int line = 0; R > 1 && line < 4 * COLUMNS; line += 64)
+      __builtin_prefetch(weights + COLUMNS * inputs + line, 0, 2);
     Ints factors[VECTORS];
     each<VECTORS>([&](auto v) INLINED { factors[v] = *(const Ints*)(weights + v * 4 * LANES); });
     each<R>([&](auto r) INLINED {
