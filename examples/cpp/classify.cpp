@@ -29,11 +29,11 @@ struct WordPiece {  // with the settings of a tokenizer.json and of a manifest
     bool cut_left;
 
     WordPiece(const json& file, const json& settings) {
-        auto type_of = [&](const char* part) { return file.at(part).is_null() ? "none" : file[part].value("type", "none"); };
+        auto type_of = [&](auto part) { return file.at(part).is_null() ? "none" : file[part].value("type", "none"); };
         for (auto [part, type] : {std::pair("normalizer", "BertNormalizer"), {"pre_tokenizer", "BertPreTokenizer"},
                                   {"model", "WordPiece"}, {"post_processor", "TemplateProcessing or BertProcessing"}})
-            refuse_if(std::string(type).find(type_of(part)) == std::string::npos, std::string("tokenizer.json's ") + part +
-                      " is " + type_of(part) + ", not " + type + ": use the Node example");
+            refuse_if(std::string(type).find(type_of(part)) == std::string::npos, std::string("tokenizer.json's ") +
+                      part + " is " + type_of(part) + ", not " + type + ": use the Node example");
         for (const json& token : file.at("added_tokens")) {
             for (auto flag : {"single_word", "lstrip", "rstrip", "normalized"})
                 refuse_if(token.at(flag), std::string("tokenizer.json has a ") + flag + " token: use the Node example");
@@ -47,7 +47,7 @@ struct WordPiece {  // with the settings of a tokenizer.json and of a manifest
         if (after["type"] == "BertProcessing") around = {after.at("cls")[1], after.at("sep")[1]}, place = 1;
         else for (const json& item : after.at("single"))
             if (item.contains("Sequence")) place = around.size();
-            else for (auto& id : after.at("special_tokens").at(item["SpecialToken"]["id"]).at("ids")) around.push_back(id);
+            else for (auto& id : after["special_tokens"].at(item["SpecialToken"]["id"])["ids"]) around.push_back(id);
         room = settings.at("max_length").get<size_t>() - around.size();
         cut_left = settings.value("truncation_side", "right") == "left";
 
@@ -146,7 +146,8 @@ int main(int count, char** arguments) try {
 
     for (std::string text : std::vector(arguments + 2, arguments + count)) {
         auto wide = icu::UnicodeString::fromUTF8(text);
-        refuse_if(std::all_of(wide.getBuffer(), wide.getBuffer() + wide.length(), u_isUWhiteSpace), "a headline is empty");
+        auto start = wide.getBuffer(), end = start + wide.length();
+        refuse_if(std::all_of(start, end, u_isUWhiteSpace), "a headline is empty");
         Ids ids = tokeniser.encode(text);
         auto started = std::chrono::steady_clock::now();
         auto logits = logits_of(session, manifest["tokenizer"].at("inputs"), ids), ordered = logits;
