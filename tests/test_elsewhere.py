@@ -15,7 +15,7 @@ from benchmark.studies import elsewhere, targets
 from lab04 import artefact
 
 DIFFICULT = [*HEADLINES, *TEXTS, "ETL [SEP] 🙂👩‍🔬 [CLS]x", "naïve cafe\u0301 ﬁne", "the " * 300, "x" * 101]
-TELLS_TOKENS = ("csharp", "browser", "oldest", "arm", "arm-sme")
+TELLS_TOKENS = ("csharp", "cpp", "browser", "oldest", "arm", "arm-sme")
 ROUNDING = 0.06  # of a probability: what other kernels' rounding moved one by, at most 0.046 (docs/int8.md)
 
 

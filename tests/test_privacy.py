@@ -97,14 +97,9 @@ def test_a_users_own_setting_wins():
 
 
 def test_cpp_example_keeps_no_telemetry(artefact_folder, tmp_path):
-    from test_portability import EXAMPLES, INCLUDE
+    from test_portability import compiled_cpp
 
-    if not shutil.which("c++") or not (INCLUDE / "onnxruntime_c_api.h").exists():
-        pytest.skip("no C++ compiler or no ONNX Runtime headers")
-    folder = shutil.copytree(EXAMPLES / "cpp", tmp_path / "cpp")
-    make = ["make", "--always-make", f"INCLUDE={INCLUDE}", f"PYTHON={sys.executable}"]
-    subprocess.run(make, cwd=folder, check=True, capture_output=True)
-    subprocess.run(
-        [folder / "classify", artefact_folder("onnx")], env=empty_home(tmp_path), check=True, capture_output=True
-    )
+    program = compiled_cpp(tmp_path / "cpp")
+    command = [program, artefact_folder("onnx"), "A headline"]
+    subprocess.run(command, env=empty_home(tmp_path), check=True, capture_output=True)
     assert not list((tmp_path / "home").rglob("*onnxruntime*"))

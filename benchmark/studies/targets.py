@@ -91,6 +91,29 @@ def pinned(*names: str) -> list[str]:
     return [f"{name}=={installed[name]}" for name in names]
 
 
+def debian(folder: Path, machine: str, *names: str) -> None:
+    """Unpack packages of Debian 13 for a machine of Debian's names into a folder, whatever is installed here."""
+    need("apt-get", "dpkg-deb")
+    apt = folder.with_name(f"{folder.name}-apt")
+    for part in ("state/lists/partial", "cache/archives/partial"):
+        (apt / part).mkdir(parents=True)
+    (apt / "state" / "status").touch()
+    keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    (apt / "sources.list").write_text(f"deb [signed-by={keys}] http://deb.debian.org/debian trixie main\n")
+    settings = {
+        "APT::Architecture": machine, "APT::Architectures": machine, "APT::Sandbox::User": "root",
+        "Dir::Etc::SourceList": apt / "sources.list", "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State": apt / "state", "Dir::State::status": apt / "state" / "status",
+        "Dir::Cache": apt / "cache",
+    }  # fmt: skip
+    options = [f"-o{name}={value}" for name, value in settings.items()]
+    call("apt-get", *options, "update")
+    call("apt-get", *options, "download", *names, cwd=apt)
+    for package in apt.glob("*.deb"):
+        call("dpkg-deb", "-x", package, folder)
+    shutil.rmtree(apt)
+
+
 # --- Targets: each gives the command that folder and headlines follow, its environment, and its versions ----------
 
 Target = tuple[Sequence[object], dict[str, str], str]
@@ -149,6 +172,24 @@ def csharp(download: bool) -> Target:
     link.symlink_to(library)
     runtime = folder / "python" / "dotnetcore2" / "bin" / "dotnet"
     return [runtime, program], variables, f".NET Core 3.1.23, onnxruntime {onnxruntime.__version__}"
+
+
+def cpp(download: bool) -> Target:
+    """Compiled against the wheel's library; the headers, where there are none, are Debian 13's."""
+    need("make", "c++", "pkg-config")
+    try:
+        version = call("pkg-config", "--modversion", "icu-i18n", "nlohmann_json").split()[0]
+    except subprocess.CalledProcessError as error:
+        raise Missing("no libicu-dev or no nlohmann-json3-dev on this machine") from error
+    include = Path("/usr/include/onnxruntime")
+    if not include.exists():
+        include = fetched("onnxruntime-headers", download, lambda folder: debian(
+            folder, call("dpkg", "--print-architecture").strip(), "libonnxruntime-dev"
+        )) / "usr" / "include" / "onnxruntime"  # fmt: skip
+    folder = CACHE / "cpp"
+    shutil.copytree(EXAMPLES / "cpp", folder, dirs_exist_ok=True)
+    call("make", "--always-make", f"INCLUDE={include}", f"PYTHON={sys.executable}", cwd=folder)
+    return [folder / "classify"], {}, f"ICU {version}, {pinned('onnxruntime')[0].replace('==', ' ')}"
 
 
 def node(download: bool) -> Target:
@@ -241,30 +282,12 @@ def arm(download: bool, cpu: str = "neoverse-n1") -> Target:
     """Debian's Python for ARM64, unpacked, under Debian 13's QEMU: 10 or newer, as 7.2 computes SME wrongly."""
 
     def fetch(folder: Path) -> None:
-        need("apt-get", "dpkg-deb")
-        for machine, names in (("arm64", ARM_PACKAGES), ("amd64", ["qemu-user"])):
-            apt = folder / "apt" / machine
-            for part in ("state/lists/partial", "cache/archives/partial"):
-                (apt / part).mkdir(parents=True)
-            (apt / "state" / "status").touch()
-            keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
-            (apt / "sources.list").write_text(f"deb [signed-by={keys}] http://deb.debian.org/debian trixie main\n")
-            settings = {
-                "APT::Architecture": machine, "APT::Architectures": machine, "APT::Sandbox::User": "root",
-                "Dir::Etc::SourceList": apt / "sources.list", "Dir::Etc::SourceParts": "/dev/null",
-                "Dir::State": apt / "state", "Dir::State::status": apt / "state" / "status",
-                "Dir::Cache": apt / "cache",
-            }  # fmt: skip
-            options = [f"-o{name}={value}" for name, value in settings.items()]
-            call("apt-get", *options, "update")
-            call("apt-get", *options, "download", *names, cwd=apt)
-            for package in apt.glob("*.deb"):
-                call("dpkg-deb", "-x", package, folder / machine)
+        debian(folder / "arm64", "arm64", *ARM_PACKAGES)
+        debian(folder / "amd64", "amd64", "qemu-user")
         (folder / "arm64" / "lib").symlink_to("usr/lib")
         (folder / "arm64" / "proc").mkdir()
         (folder / "arm64" / "proc" / "cpuinfo").write_text(CPUINFO)
         pip(folder / "site", *pinned("onnxruntime", "numpy", "tokenizers"), machine="aarch64", python="3.13")
-        shutil.rmtree(folder / "apt")
 
     if platform.machine() != "x86_64":
         raise Missing("this emulation is set up for x86 machines")
@@ -284,6 +307,7 @@ def arm_sme(download: bool) -> Target:
 
 TARGETS: dict[str, tuple[str, Callable[[bool], Target]]] = {
     "csharp": ("C# (`csharp/`)", csharp),
+    "cpp": ("C++ (`cpp/`)", cpp),
     "node": ("Node (`node/`)", node),
     "browser": ("browser, wasm (`web/`)", browser),
     "transformers.js": ("transformers.js in Node", transformers_js),
