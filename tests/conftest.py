@@ -5,8 +5,6 @@ A random head leaves all labels equally likely, and any rounding would then chan
 """
 
 import csv
-import ctypes
-import gc
 import json
 import os
 import re
@@ -42,15 +40,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
     # A shell lets what it starts in the background ignore Ctrl-C, and so would the scripts started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def give_memory_back():
-    """Of what a file's tests needed and freed glibc keeps hundreds of MB, which two workers need at once."""
-    yield
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 # --- Models -----------------------------------------------------------------------------------------------
