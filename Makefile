@@ -27,7 +27,7 @@ test: .venv/installed-tests ## lint, types and tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 --dist loadfile # what one file's tests share is made once
+	$(RUN) -m pytest -n 2 --dist worksteal # neither process idles while the other has tests left
 
 bench: lab .venv/installed-bench ## measure quality and speed into results/, about ten minutes on a quiet machine
 	$(RUN) -m benchmark

@@ -30,9 +30,7 @@ def main() -> None:
         "--this-cpu", action="store_true", help="write the INT8 engine instead, compiled for this processor by g++"
     )
     parser.add_argument(
-        "--recheck",
-        action="store_true",
-        help="with --this-cpu: also write the graph for what INT8 leaves open",
+        "--recheck", action="store_true", help="with --this-cpu: also write the graph for what INT8 leaves open"
     )
     options.add_static(parser)
     arguments = parser.parse_args()

@@ -66,10 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--artefacts", type=Path, nargs="+", help="artefact folders (default: quantised-model-*)")
     options.add_model_options(parser)
     parser.add_argument(
-        "--data",
-        type=Path,
-        default=TEST_HEADLINES,
-        help="labelled headlines (default: lora-news/headlines/test.csv)",
+        "--data", type=Path, default=TEST_HEADLINES, help="labelled headlines (default: lora-news/headlines/test.csv)"
     )
     headlines.add_options(parser)
     parser.add_argument(
@@ -89,10 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="discard an interrupted run")
     parser.add_argument(
-        "--redraw",
-        type=Path,
-        metavar="FOLDER",
-        help="draw a run's charts again, where it ran also JSON and CSV",
+        "--redraw", type=Path, metavar="FOLDER", help="draw a run's charts again, where it ran also JSON and CSV"
     )
     parser.add_argument("--profile", action="store_true", help="instead: where a headline's time goes, by operator")
     parser.add_argument("--floor", action="store_true", help="instead: the least that a headline can cost on this core")

@@ -550,7 +550,7 @@ def test_pictures_are_drawn_from_any_weights(model_folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx"])
-def test_a_profile_names_the_products(backend, artefact_folder, tmp_path, monkeypatch):
+def test_a_profile_names_the_products(backend, artefact_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profile, "HEADLINES", 30)
     monkeypatch.setattr(environment, "describe", describe_once)
     profile.run([artefact_folder(backend)], 1, tmp_path)
@@ -559,6 +559,7 @@ def test_a_profile_names_the_products(backend, artefact_folder, tmp_path, monkey
     [row] = measured["backends"].values()
     product = {"torch": "quantized::linear_dynamic", "onnx": "DynamicQuantizeMatMul"}[backend]
     assert row["operators_us"][product] > 0 and list(row["operators_us"])[-1] == "all others"
+    assert min(row["operators_us"].values()) >= 0 and product in capsys.readouterr().out
     assert (folder / "operators.png").exists()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lab04 import LabError, artefact
 from lab04.quantise import preparation, this_cpu
 from lab04.read import classifier
-from lab04.run import int8_engine, recheck, runtimes
+from lab04.run import int8_engine, runtimes
 from lab04.run.int8_engine import Engine, Shape
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the engine needs a C++ compiler: sudo apt install g++")
@@ -120,9 +120,8 @@ def test_the_engine_gives_the_logits_of_the_network(family, activation, library,
 
 
 @pytest.fixture
-def built(shared_folder, model_folder, few_headlines, monkeypatch):
+def built(shared_folder, model_folder, few_headlines):
     """An artefact of the engine, with a recheck, as the lab makes it."""
-    monkeypatch.setattr(recheck, "HEADLINES", 100)  # that its threshold is found from
 
     def write(folder: Path) -> None:
         arguments = ["--this-cpu", "--recheck", "--model", model_folder("minilm", 9), "--output", folder / "built"]

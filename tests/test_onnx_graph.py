@@ -9,8 +9,6 @@ import onnxruntime
 import pytest
 from conftest import training_texts
 
-from benchmark import results
-from benchmark.studies import profile
 from lab04 import artefact
 from lab04.quantise import onnx_graph, preparation
 from lab04.read import classifier
@@ -103,13 +101,3 @@ def test_batches_give_each_headline_its_own_label(artefact_folder):
             batch = runtime.logits(tokenise(training_texts()[:40]))
         assert np.abs(batch - single).max() < 0.25 * np.ptp(single)
         assert (batch.argmax(1) == single.argmax(1)).mean() > 0.9
-
-
-def test_the_profile_names_what_takes_the_time(artefact_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "HEADLINES", 40)
-    profile.run([artefact_folder("torch"), artefact_folder("onnx")], threads=1, output=tmp_path)
-    [folder] = tmp_path.iterdir()
-    torch_us, onnx_us = (row["operators_us"] for row in results.load(folder)["backends"].values())
-    assert "quantized::linear_dynamic" in torch_us and "DynamicQuantizeMatMul" in onnx_us
-    assert all(us >= 0 for us in (*torch_us.values(), *onnx_us.values()))
-    assert "QAttention" in capsys.readouterr().out and (folder / "operators.png").exists()

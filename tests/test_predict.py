@@ -31,14 +31,22 @@ def onnx(artefact_folder):
 
 
 @pytest.fixture
-def predict(onnx, tmp_path):
-    """`predict(*arguments)`: a run over the ONNX artefact of nine labels, in an empty folder."""
+def predict(onnx, tmp_path, monkeypatch, capfd):
+    """`predict(*arguments)`: a run over the ONNX artefact of nine labels, in an empty folder.
+
+    In this process, where the libraries are loaded; with `input`, which only a process has, in one of its own.
+    """
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments, artefacts=(onnx,), **options):
         given = ["--artefacts", *artefacts, "--", *arguments]
         if arguments and str(arguments[0]).startswith("--"):
             given = [*arguments, "--artefacts", *artefacts]
-        return run_script("predict.py", *given, cwd=tmp_path, **options)
+        if options:
+            return run_script("predict.py", *given, **options)
+        capfd.readouterr()  # what the labs printed, if this test was the first to need them
+        code = run_in_process("predict.py", *given)
+        return subprocess.CompletedProcess(given, code, *capfd.readouterr())
 
     return run
 
@@ -237,11 +245,6 @@ def test_empty_headline_and_file(rejected, tmp_path):
     for content in ("", "\n \n\n", "\ufeff"):
         (tmp_path / "empty.txt").write_text(content, encoding="utf-8")
         assert "holds no headlines" in rejected("--file", tmp_path / "empty.txt")
-    (tmp_path / "empty.csv").write_text("text,label\n")
-    assert "holds no headlines" in rejected("--file", tmp_path / "empty.csv")
-    (tmp_path / "blank.csv").write_text("text,label\nA headline,topic 1\n ,topic 2\n")
-    result = run_script("predict.py", "--file", tmp_path / "empty.csv", "A headline")
-    assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_a_blank_cell_does_not_end_a_run(predict, tmp_path):
@@ -254,19 +257,7 @@ def test_a_blank_cell_does_not_end_a_run(predict, tmp_path):
 
 def test_unreadable_files(rejected, tmp_path):
     assert "No such file" in rejected("--file", tmp_path / "nowhere.txt")
-    assert "cannot read" in rejected("--file", tmp_path)
-    (tmp_path / "latin.txt").write_bytes("Café\n".encode("latin-1"))
-    assert "is not UTF-8" in rejected("--file", tmp_path / "latin.txt")
-    (tmp_path / "latin.csv").write_bytes("text\nCafé\n".encode("latin-1"))
-    assert "is not UTF-8" in rejected("--file", tmp_path / "latin.csv")
     assert "is not UTF-8" in rejected("--file", "-", input="Caf\udce9\n", errors="surrogateescape")
-
-
-def test_csv_without_text_column(rejected, tmp_path):
-    (tmp_path / "wrong.csv").write_text("topic,label\nA headline,topic 1\n")
-    assert "no column text" in rejected("--file", tmp_path / "wrong.csv")
-    (tmp_path / "none.csv").write_text("")
-    assert "holds no headlines" in rejected("--file", tmp_path / "none.csv")
 
 
 def test_unknown_label(rejected, tmp_path):
@@ -292,7 +283,7 @@ def test_impossible_numbers(options, predict):
 def test_unwritable_output(predict, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for output in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
-        result = predict("--output", output)
+        result = predict("--output", output, "--runs", 1)
         assert result.returncode == 2
         [line] = result.stderr.splitlines()
         assert line.startswith("predict.py: cannot write to ")
@@ -338,20 +329,6 @@ def test_missing_model(tmp_path):
         assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
         assert "no model at" in result.stderr
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("script", ["lab04-torch.py", "lab04-optimum.py", "lab04-nvidia.py"])
-def test_interrupted_build_changes_nothing(script, model_folder, tmp_path):
-    command = [sys.executable, "-u", str(ROOT / script), "--model", str(model_folder("bert", 9)), "--output", "built"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("2. "):
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors == f"{script}: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_library_that_is_not_installed(capsys, monkeypatch, onnx):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_in_process
+from conftest import look_at_few_headlines, run_in_process
 
 from lab04 import LabError, artefact
 from lab04.compare import consistency
@@ -63,7 +63,10 @@ def test_closing_check_refuses_a_single_changed_label_of_a_rechecked_artefact():
 @pytest.fixture(scope="module")
 def rechecked(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recheck") / "quantised-model-optimum"
-    assert run_in_process("lab04-optimum.py", "--recheck", "--model", model_folder("bert", 9), "--output", folder) == 0
+    arguments = "--recheck", "--model", model_folder("bert", 9), "--output", folder
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        look_at_few_headlines(monkeypatch)
+        assert run_in_process("lab04-optimum.py", *arguments) == 0
     return folder
 
 

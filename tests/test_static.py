@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import check_few_headlines, copy_model, run_in_process, training_texts
+from conftest import copy_model, look_at_few_headlines, run_in_process, training_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ def built(shared_folder, model_folder):
     def build(script: str, *options: str):
         def write(folder):
             with pytest.MonkeyPatch.context() as monkeypatch:
-                check_few_headlines(monkeypatch)
+                look_at_few_headlines(monkeypatch)
                 arguments = "--model", model_folder("minilm", 9), "--output", folder / "built", *options
                 assert run_in_process(script, *arguments) == 0
 
@@ -47,8 +47,10 @@ def onnx_static(request, built):
 
 @pytest.fixture(scope="module")
 def torch_static(built):
+    """A static artefact of PyTorch, its tokeniser, and the logits of TEXTS alone."""
     item = artefact.load(built("lab04-torch.py", "--static"))
-    return runtimes.open_backend(item), artefact.Tokeniser(item)
+    backend, tokenise = runtimes.open_backend(item), artefact.Tokeniser(item)
+    return backend, tokenise, np.concatenate([backend.logits(tokenise([text])) for text in TEXTS])
 
 
 def fill_up(tokens: dict, left: bool, more: int) -> dict:
@@ -81,26 +83,24 @@ def test_the_graph_itself_keeps_them_in_any_language(onnx_static, chosen, more):
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(POOL, min_size=1, max_size=64), left=st.booleans(), more=st.integers(0, 5))
 def test_torch_keeps_the_label_and_nearly_the_logits(torch_static, chosen, left, more):
-    backend, tokenise = torch_static
-    alone = np.concatenate([backend.logits(tokenise([TEXTS[index]])) for index in chosen])
-    moved = backend.logits(fill_up(tokenise([TEXTS[index] for index in chosen]), left, more)) - alone
+    backend, tokenise, alone = torch_static
+    moved = backend.logits(fill_up(tokenise([TEXTS[index] for index in chosen]), left, more)) - alone[chosen]
     assert np.abs(moved).max() <= 0.15
 
 
 def unseen_words(folder, count: int) -> list[str]:
     """Words of a model's vocabulary that are in none of the texts a lab looks at."""
     tokenizer = classifier.load(str(folder)).tokenizer
-    texts_seen = [*texts.training_headlines()[:: preparation.EVERY], *texts.held_out_headlines()]
+    texts_seen = [*texts.training_headlines(), *texts.held_out_headlines()]
     seen = {number for row in tokenizer(texts_seen).input_ids for number in row}
     vocabulary = sorted(tokenizer.get_vocab().items())
     return [word for word, number in vocabulary if word.isalpha() and len(word) > 3 and number not in seen][:count]
 
 
 def test_crafted_strings_change_each_others_answer_under_dynamic_and_not_under_static(
-    model_folder, few_headlines, monkeypatch, tmp_path
+    model_folder, few_headlines, tmp_path
 ):
     """As fastembed-rs#107: each string brings one huge input, and the other's scale then spans that too."""
-    monkeypatch.setattr(preparation, "EVERY", 200)
     model = copy_model(model_folder("minilm", 9), tmp_path / "model")
     words = unseen_words(model, 2)
     fp32 = classifier.load(str(model))
@@ -155,8 +155,7 @@ def test_a_range_becomes_numbers_from_0_to_255_and_0_stays_exact(low, high):
     np.testing.assert_allclose(scale * (numbers - zero), [low, 0.0, high], atol=scale / 2 + 1e-9)
 
 
-def test_a_model_whose_inputs_are_all_zero_is_refused(model_folder, few_headlines, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(preparation, "EVERY", 400)
+def test_a_model_whose_inputs_are_all_zero_is_refused(model_folder, few_headlines, tmp_path, capsys):
     model = copy_model(model_folder("bert", 9), tmp_path / "model")
     network = classifier.load(str(model)).model
     value = network.bert.encoder.layer[0].attention.self.value

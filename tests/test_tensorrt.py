@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stand_in_device
-from conftest import ROOT, check_few_headlines, run_in_process
+from conftest import ROOT, look_at_few_headlines, run_in_process
 
 from lab04 import LabError, artefact, console
 from lab04.artefact import contract, sealing
@@ -48,7 +48,7 @@ def engine_folder(model_folder, tmp_path_factory):
     """What the lab writes on the stand-in device."""
     folder = tmp_path_factory.mktemp("engine") / "quantised-model-tensorrt"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        check_few_headlines(monkeypatch)
+        look_at_few_headlines(monkeypatch)
         machine = stand_in_device.install(monkeypatch)
         assert run_in_process(SCRIPT, "--model", model_folder("bert", 9, 0), "--output", folder) == 0
         assert machine.everything_freed()

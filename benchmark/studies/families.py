@@ -73,15 +73,8 @@ def measure(family: str, scratch: Path) -> dict:
     """A family's row: its size, and for each lab the figures of its closing check, or the line in which it refused."""
     row: dict = {"family": family, "parameters_m": build(family, scratch / "model")}
     for name, script in INT8_LABS.items():
-        command = [
-            sys.executable,
-            str(ROOT / script),
-            "--model",
-            str(scratch / "model"),
-            "--output",
-            str(scratch / name),
-        ]
-        ended = subprocess.run(command, capture_output=True, text=True)
+        arguments = (ROOT / script, "--model", scratch / "model", "--output", scratch / name)
+        ended = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
         if ended.returncode:
             row[name] = {"refused": ended.stderr.strip().splitlines()[-1]}
         else:

@@ -65,9 +65,7 @@ class Product:
         preparation.observe(fp32.model, batches, look)
         module = max(largest, key=lambda module: float(largest[module].max()))
         preparation.observe(
-            fp32.model,
-            [fp32.encode([HEADLINE])],
-            lambda one, inputs: headline.update({one: inputs[0].flatten(0, -2)}),
+            fp32.model, [fp32.encode([HEADLINE])], lambda one, inputs: headline.update({one: inputs[0].flatten(0, -2)})
         )
         self.name = next(name for name, one in fp32.model.named_modules() if one is module)
         self.weight, self.moment = module.weight.data, moments[module]

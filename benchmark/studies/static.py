@@ -25,7 +25,6 @@ INT8 = [lab for lab in labs.LABS if lab.precision == "INT8"]
 FOLDERS = [ROOT / f"{lab.folder}{ending}" for lab in INT8 for ending in ("", "-static")]
 BATCHES = (8, 32)
 SOME = 400  # texts of a kind at most, other than --data, which all run
-LONG_WORDS = 150  # more than 128 tokens
 GERMAN = [
     "Bundestag streitet über den Haushalt für das kommende Jahr",
     "Zahl der Wärmepumpen in Neubauten steigt weiter",

@@ -71,12 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--replicas", type=options.positive, default=1, help="processes (default: %(default)s)")
     add("--threads", type=options.positive, default=1, help="of each replica, a core each (default: %(default)s)")
-    add(
-        "--queue",
-        type=options.positive,
-        default=app.QUEUE,
-        help="headlines that may wait (default: %(default)s)",
-    )
+    add("--queue", type=options.positive, default=app.QUEUE, help="headlines that may wait (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     add("--port", type=options.positive, default=8000, help="default: %(default)s")
     return parser.parse_args()
