@@ -10,9 +10,8 @@ is too large, 503 the queue is full, with the seconds until it is not in Retry-A
 Requests are batched by what waits. When a thread of the model is free it takes all headlines that wait, up to a batch:
 on an idle server that is one headline at once, under load a full batch, and nothing ever waits for a clock.
 
-Serve the static artefact (`lab04-optimum.py --static`). Dynamic INT8 takes the scale of a layer's inputs from
-the whole batch, and here strangers share a batch: one client's headline could change the label of another's, and the
-same request be answered differently twice. Constant scales give each headline the answer that it gets alone.
+Strangers share a batch here, and dynamic INT8 takes the scale of a layer's inputs from the whole batch: one client's
+headline could change another's label. Serve an artefact with constant scales (`--static`, `--this-cpu`).
 """
 
 import asyncio
@@ -20,6 +19,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -37,6 +37,8 @@ from starlette.routing import Route
 from lab04 import LabError, artefact
 from lab04.run.runtimes import open_backend
 from lab04.run.scores import softmax
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would wait for cores, and others for them
 
 MAX_BATCH = 32  # headlines; the back ends run parts of eight, so that larger batches only lengthen the wait
 QUEUE = 256  # headlines that may wait: a quarter of a second's work, and what waits longer is seldom still wanted
@@ -171,9 +173,7 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
     batches = Batches(run, threads, queue, metrics)
 
     async def classify(request: Request) -> Response:
-        given = parse(await read(request))
-        texts: list = given if isinstance(given, list) else [given]
-        check(texts)
+        texts, alone = parse(await read(request), most)
         answers = asyncio.gather(*batches.add(texts))
         # The body is read: all that can still come is that the client goes away.
         gone = asyncio.ensure_future(request.receive())
@@ -192,19 +192,7 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
                 sentence = f"headline {number} is too long: the model would not read its last {row} tokens"
                 raise HTTPException(413, sentence)
         metrics.requests.labels("200").inc()
-        return JSONResponse(rows if texts is given else rows[0])
-
-    def check(texts: list) -> None:
-        """Raise HTTPException if there are no headlines, too many, or one that is none."""
-        if not texts:
-            raise HTTPException(400, "the list is empty: send at least one headline")
-        if len(texts) > most:
-            raise HTTPException(413, f"{len(texts)} headlines are too many for one request: at most {most}")
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise HTTPException(400, f"headline {number} is not text: send it in double quotes")
-            if not text.strip():
-                raise HTTPException(400, f"headline {number} is empty")
+        return JSONResponse(rows[0] if alone else rows)
 
     async def refuse(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, HTTPException)
@@ -251,10 +239,22 @@ async def read(request: Request) -> bytes:
     return bytes(body)
 
 
-def parse(body: bytes) -> object:
-    """What a body says in JSON. Raises HTTPException (400)."""
+def parse(body: bytes, most: int) -> tuple[list[str], bool]:
+    """A request's headlines, and whether it is one alone in no list. Raises HTTPException if it is anything else."""
     try:
-        return json.loads(body)
+        given = json.loads(body)
     except (ValueError, RecursionError):
         sentence = "the request is no JSON: send a headline in double quotes, or a list of them"
         raise HTTPException(400, sentence) from None
+    alone = not isinstance(given, list)
+    texts = [given] if alone else given
+    if not texts:
+        raise HTTPException(400, "the list is empty: send at least one headline")
+    if len(texts) > most:
+        raise HTTPException(413, f"{len(texts)} headlines are too many for one request: at most {most}")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise HTTPException(400, f"headline {number} is not text: send it in double quotes")
+        if not text.strip():
+            raise HTTPException(400, f"headline {number} is empty")
+    return texts, alone
