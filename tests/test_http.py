@@ -218,11 +218,14 @@ def test_what_finds_no_room_is_told_when_to_come_again(server):
 
 
 def test_a_full_queue_answers_one_connections_requests_in_their_turn(folder):
-    """Lists of one to four headlines, all sent at once: an answer's length says whose it is."""
-    sent = b"".join(request(json.dumps(["A headline"] * size).encode()) for size in (1, 2, 3, 4))
-    sent += request(b'"The last one"', header=CLOSE)
+    """Lists of one to four headlines, sent while the first ones wait: an answer's length says whose it is."""
+    first, *others = (request(json.dumps(["A headline"] * size).encode()) for size in (1, 2, 3, 4))
+    others.append(request(b'"The last one"', header=CLOSE))
     with serving(folder, "--queue", "4") as small:
-        given = [answers(connection) for connection in [begin(small, sent) for _ in range(40)]]
+        asking = [begin(small, first) for _ in range(40)]
+        for connection in asking:
+            connection.sendall(b"".join(others))
+        given = [answers(connection) for connection in asking]
         counted = metrics(small)
     for five in given:
         assert len(five) == 5
@@ -234,15 +237,18 @@ def test_a_full_queue_answers_one_connections_requests_in_their_turn(folder):
 
 
 def test_a_refused_request_holds_no_connection_longer_than_an_accepted_one(folder):
-    """A queue that says it is full for seven seconds, and timeouts of half a second: the very code otherwise."""
+    """A queue that has room for one request and then is full for seven seconds; timeouts of half a second."""
     start = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import app, serve;"
-        "app.Batches.wait_s = lambda *_: 7; serve.HEADERS_TIMEOUT_S = 0.5; serve.main()"
+        "room = iter([0, 0]); app.Batches.wait_s = lambda *_: next(room, 7);"  # asked twice of a request that fits
+        "serve.HEADERS_TIMEOUT_S = 0.5; serve.main()"
     )
     command = [sys.executable, "-uc", start, str((ROOT / SCRIPT).parent), "--artefact", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             process.port = int(re.search(r":(\d+)/classify", process.stdout.readline())[1])
+            both = request(b'"One"') + request(b'"Two"', header=CLOSE)
+            assert [status for status, _ in answers(begin(process, both))] == [200, 503], "in the order of the requests"
             kept = http.client.HTTPConnection("127.0.0.1", process.port, timeout=30)
             for _ in range(2):
                 kept.request("POST", "/classify", b"no JSON")
@@ -256,7 +262,7 @@ def test_a_refused_request_holds_no_connection_longer_than_an_accepted_one(folde
             waits = answers(begin(process, request(b'"One"', header=b"Expect: 100-continue\r\n" + CLOSE)))
             assert [status for status, _ in waits] == [503]
             assert ask(process, "GET", "/healthz")[0] == 200
-            assert metrics(process)["classify_requests_total 503"] == 3
+            assert metrics(process)["classify_requests_total 503"] == 4
             kept.close()
         finally:
             process.kill()
