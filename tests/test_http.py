@@ -84,9 +84,21 @@ def begin(server, sent: bytes) -> socket.socket:
     return connection
 
 
-def request(body: bytes, length: int | None = None) -> bytes:
-    """A POST as bytes; `length` is what it promises."""
-    return b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (length or len(body), body)
+def request(body: bytes, length: int | None = None, header: bytes = b"") -> bytes:
+    """A POST as bytes; `length` is what it promises, `header` one more line."""
+    start = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%b\r\n" % (length or len(body), header)
+    return start + body
+
+
+CLOSE = b"Connection: close\r\n"
+
+
+def answers(connection: socket.socket) -> list[tuple[int, object]]:
+    """Statuses and answers of all that comes until the server closes a connection."""
+    with connection, connection.makefile("rb") as file:
+        parts = file.read().split(b"HTTP/1.1 ")[1:]
+    final = [part for part in parts if not part.startswith(b"100")]
+    return [(int(part[:3]), json.loads(part.split(b"\r\n\r\n", 1)[1])) for part in final]
 
 
 def metrics(server) -> dict[str, float]:
@@ -203,6 +215,57 @@ def test_what_finds_no_room_is_told_when_to_come_again(server):
         if status == 503:
             assert int(headers["Retry-After"]) >= 1 and "queue is full" in json.loads(body)["error"]
     assert post(server, HEADLINES[0])[0] == 200
+
+
+def test_a_full_queue_answers_one_connections_requests_in_their_turn(folder):
+    """Lists of one to four headlines, sent while the first ones wait: an answer's length says whose it is."""
+    first, *others = (request(json.dumps(["A headline"] * size).encode()) for size in (1, 2, 3, 4))
+    others.append(request(b'"The last one"', header=CLOSE))
+    with serving(folder, "--queue", "4") as small:
+        asking = [begin(small, first) for _ in range(40)]
+        for connection in asking:
+            connection.sendall(b"".join(others))
+        given = [answers(connection) for connection in asking]
+        counted = metrics(small)
+    for five in given:
+        assert len(five) == 5
+        for size, (status, answer) in enumerate(five[:4], start=1):
+            assert status == 503 and "queue is full" in answer["error"] or status == 200 and len(answer) == size
+    found = Counter(status for five in given for status, _ in five)
+    assert found.keys() == {200, 503}
+    assert {code: counted[f"classify_requests_total {code}"] for code in found} == found
+
+
+def test_a_refused_request_holds_no_connection_longer_than_an_accepted_one(folder):
+    """A queue that has room for one request and then is full for seven seconds; timeouts of half a second."""
+    start = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import app, serve;"
+        "room = iter([0, 0]); app.Batches.wait_s = lambda *_: next(room, 7);"  # asked twice of a request that fits
+        "serve.HEADERS_TIMEOUT_S = 0.5; serve.main()"
+    )
+    command = [sys.executable, "-uc", start, str((ROOT / SCRIPT).parent), "--artefact", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.port = int(re.search(r":(\d+)/classify", process.stdout.readline())[1])
+            both = request(b'"One"') + request(b'"Two"', header=CLOSE)
+            assert [status for status, _ in answers(begin(process, both))] == [200, 503], "in the order of the requests"
+            kept = http.client.HTTPConnection("127.0.0.1", process.port, timeout=30)
+            for _ in range(2):
+                kept.request("POST", "/classify", b"no JSON")
+                response = kept.getresponse()
+                assert (response.status, response.headers["Retry-After"]) == (503, "7")
+                assert "queue is full" in json.loads(response.read())["error"]
+                time.sleep(0.8)
+            assert kept.sock is not None, "it is still the same connection"
+            with begin(process, request(b'"Half a head', length=100)) as half:
+                assert half.makefile("rb").read() == b""
+            waits = answers(begin(process, request(b'"One"', header=b"Expect: 100-continue\r\n" + CLOSE)))
+            assert [status for status, _ in waits] == [503]
+            assert ask(process, "GET", "/healthz")[0] == 200
+            assert metrics(process)["classify_requests_total 503"] == 4
+            kept.close()
+        finally:
+            process.kill()
 
 
 def test_one_that_is_larger_than_the_queue_is_told_what_would_fit(folder):

@@ -10,9 +10,8 @@ is too large, 503 the queue is full, with the seconds until it is not in Retry-A
 Requests are batched by what waits. When a thread of the model is free it takes all headlines that wait, up to a batch:
 on an idle server that is one headline at once, under load a full batch, and nothing ever waits for a clock.
 
-Serve the static artefact (`lab04-optimum.py --static`). Dynamic INT8 takes the scale of a layer's inputs from
-the whole batch, and here strangers share a batch: one client's headline could change the label of another's, and the
-same request be answered differently twice. Constant scales give each headline the answer that it gets alone.
+Strangers share a batch here, and dynamic INT8 takes the scale of a layer's inputs from the whole batch: one client's
+headline could change another's label. Serve an artefact with constant scales (`--static`, `--this-cpu`).
 """
 
 import asyncio
@@ -20,6 +19,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -38,11 +38,14 @@ from lab04 import LabError, artefact
 from lab04.run.runtimes import open_backend
 from lab04.run.scores import softmax
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would wait for cores, and others for them
+
 MAX_BATCH = 32  # headlines; the back ends run parts of eight, so that larger batches only lengthen the wait
 QUEUE = 256  # headlines that may wait: a quarter of a second's work, and what waits longer is seldom still wanted
 MAX_HEADLINES = 128  # of one request, which otherwise would keep all others waiting
 MAX_BYTES = 1_000_000  # of one request
 BODY_TIMEOUT_S = 10  # for a request's body, from the end of its headers
+FULL = "the queue is full: try again later"  # 503
 CLIENT_GONE = 499  # nginx's status for a client that did not wait; it is only counted
 CLOSE = {"Connection": "close"}  # the rest of a body that was not read must not be taken for the next request
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of the metrics' histograms
@@ -75,7 +78,7 @@ class Headline(NamedTuple):
 class Batches:
     """The queue and the threads that empty it: the model goes on though the event loop is busy with refusals."""
 
-    def __init__(self, run: Callable[[list[str]], list[dict]], threads: int, room: int, metrics: Metrics):
+    def __init__(self, run: Callable[[list[str]], list], threads: int, room: int, metrics: Metrics):
         self.run, self.room, self.metrics = run, room, metrics
         self.waiting: deque[Headline] = deque()
         self.changed = threading.Condition()  # guards the queue and the next two
@@ -85,15 +88,16 @@ class Batches:
         for thread in self.threads:
             thread.start()
 
-    def check_room(self, headlines: int) -> None:
-        """Raise HTTPException (503) unless so many headlines can wait."""
-        if len(self.waiting) + headlines > self.room:
-            wait_s = max(1, math.ceil(self.seconds * len(self.waiting) / len(self.threads)))
-            raise HTTPException(503, "the queue is full: try again later", {"Retry-After": str(wait_s)})
+    def wait_s(self, headlines: int) -> int:
+        """Whole seconds until so many headlines may find room: 0 where they do now."""
+        if len(self.waiting) + headlines <= self.room:
+            return 0
+        return max(1, math.ceil(self.seconds * len(self.waiting) / len(self.threads)))
 
     def add(self, texts: list[str]) -> list[asyncio.Future]:
         """The answers to some headlines, in their order. Raises HTTPException (503) unless all find room."""
-        self.check_room(len(texts))
+        if wait_s := self.wait_s(len(texts)):
+            raise HTTPException(503, FULL, {"Retry-After": str(wait_s)})
         loop, now = asyncio.get_running_loop(), time.perf_counter()
         answers = [loop.create_future() for _ in texts]
         with self.changed:
@@ -109,13 +113,13 @@ class Batches:
     def work(self) -> None:
         """A thread's life: take what waits, run it, hand the answers to the event loop."""
         while batch := self.take():
-            started, rows, error = time.perf_counter(), [], None
+            started = time.perf_counter()
             try:
                 rows = self.run([headline.text for headline in batch])
             except Exception as failure:  # of the model; each of its requests says so, and the thread goes on
-                error = failure
+                rows = [failure] * len(batch)
             self.seconds = (time.perf_counter() - started) / len(batch)
-            batch[0].answer.get_loop().call_soon_threadsafe(self.finish, batch, rows, error, started, self.seconds)
+            batch[0].answer.get_loop().call_soon_threadsafe(self.finish, batch, rows, started, self.seconds)
 
     def take(self) -> list[Headline]:
         """The next batch: a fair share of what waits, where several threads are idle. Empty when all is done."""
@@ -126,18 +130,14 @@ class Batches:
             self.idle -= 1
             return [self.waiting.popleft() for _ in range(share)]
 
-    def finish(self, batch: list[Headline], rows: list[dict], error: Exception | None, started: float, each: float):
+    def finish(self, batch: list[Headline], rows: list, started: float, each: float) -> None:
         """On the event loop: give a batch's answers to the requests that wait for them."""
         self.metrics.batch.observe(len(batch))
         self.metrics.model.observe(each * len(batch))
-        for index, headline in enumerate(batch):
+        for headline, row in zip(batch, rows, strict=True):
             self.metrics.queue.observe(started - headline.came)
-            if headline.answer.done():  # its client went away
-                continue
-            if error:
-                headline.answer.set_exception(error)
-            else:
-                headline.answer.set_result(rows[index])
+            if not headline.answer.done():  # else its client went away
+                (headline.answer.set_exception if isinstance(row, Exception) else headline.answer.set_result)(row)
 
     def close(self) -> None:
         """Let the threads answer what waits, and end."""
@@ -159,23 +159,21 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
     tokenise, backend = artefact.Tokeniser(item), open_backend(item, 1)
     labels, most, metrics = item.labels, min(MAX_HEADLINES, queue), Metrics()
 
-    def run(texts: list[str]) -> list[dict]:
-        """In a thread of the model: label, score and probabilities of some headlines."""
-        scores = softmax(backend.logits(tokenise(texts)))
+    def run(texts: list[str]) -> list[dict | int]:
+        """In a thread of the model: label, score and probabilities; of a headline too long, the tokens too many."""
+        tokens = tokenise(texts)
+        scores = softmax(backend.logits(tokens))
         best = scores.argmax(axis=1).tolist()
         return [
-            {"label": labels[index], "score": row[index], "probabilities": dict(zip(labels, row, strict=True))}
-            for index, row in zip(best, scores.tolist(), strict=True)
+            tokenise.dropped(text, tokens)
+            or {"label": labels[index], "score": row[index], "probabilities": dict(zip(labels, row, strict=True))}
+            for text, index, row in zip(texts, best, scores.tolist(), strict=True)
         ]
 
     batches = Batches(run, threads, queue, metrics)
 
     async def classify(request: Request) -> Response:
-        body = await read(request)
-        batches.check_room(1)  # a refusal is quick: nothing of the request is looked at
-        given = parse(body)
-        texts: list = given if isinstance(given, list) else [given]
-        check(texts)
+        texts, alone = parse(await read(request), most)
         answers = asyncio.gather(*batches.add(texts))
         # The body is read: all that can still come is that the client goes away.
         gone = asyncio.ensure_future(request.receive())
@@ -189,23 +187,12 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
             raise HTTPException(CLIENT_GONE, "the client went away") from None
         finally:
             gone.cancel()
-        metrics.requests.labels("200").inc()
-        return JSONResponse(rows if texts is given else rows[0])
-
-    def check(texts: list) -> None:
-        """Raise HTTPException if there are no headlines, too many, or one that the model cannot read."""
-        if not texts:
-            raise HTTPException(400, "the list is empty: send at least one headline")
-        if len(texts) > most:
-            raise HTTPException(413, f"{len(texts)} headlines are too many for one request: at most {most}")
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise HTTPException(400, f"headline {number} is not text: send it in double quotes")
-            if not text.strip():
-                raise HTTPException(400, f"headline {number} is empty")
-            if dropped := tokenise.dropped(text, tokenise([text])):
-                sentence = f"headline {number} is too long: the model would not read its last {dropped} tokens"
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, int):
+                sentence = f"headline {number} is too long: the model would not read its last {row} tokens"
                 raise HTTPException(413, sentence)
+        metrics.requests.labels("200").inc()
+        return JSONResponse(rows[0] if alone else rows)
 
     async def refuse(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, HTTPException)
@@ -221,7 +208,7 @@ def create(item: artefact.Artefact, threads: int = 1, queue: int = QUEUE) -> Sta
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette):
-        yield
+        yield {"batches": batches}  # for serve.py's protocol
         batches.close()
         backend.close()
 
@@ -252,10 +239,22 @@ async def read(request: Request) -> bytes:
     return bytes(body)
 
 
-def parse(body: bytes) -> object:
-    """What a body says in JSON. Raises HTTPException (400)."""
+def parse(body: bytes, most: int) -> tuple[list[str], bool]:
+    """A request's headlines, and whether it is one alone in no list. Raises HTTPException if it is anything else."""
     try:
-        return json.loads(body)
+        given = json.loads(body)
     except (ValueError, RecursionError):
         sentence = "the request is no JSON: send a headline in double quotes, or a list of them"
         raise HTTPException(400, sentence) from None
+    alone = not isinstance(given, list)
+    texts = [given] if alone else given
+    if not texts:
+        raise HTTPException(400, "the list is empty: send at least one headline")
+    if len(texts) > most:
+        raise HTTPException(413, f"{len(texts)} headlines are too many for one request: at most {most}")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise HTTPException(400, f"headline {number} is not text: send it in double quotes")
+        if not text.strip():
+            raise HTTPException(400, f"headline {number} is empty")
+    return texts, alone

@@ -8,6 +8,8 @@ It listens when it can answer, on this machine alone unless --host says otherwis
 """
 
 import argparse
+import gc
+import json
 import signal
 import socket
 import sys
@@ -28,10 +30,15 @@ HEADERS_TIMEOUT_S = 10
 IDLE_TIMEOUT_S = 60  # of a connection between requests: longer than the usual proxy in front keeps one
 STOP_TIMEOUT_S = 30  # more than a full queue and the slowest body take
 MAX_CONNECTIONS = 1000  # a process may open 1,024 files by default
+FULL = json.dumps({"error": app.FULL})
+REFUSAL = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(FULL)}\r\nRetry-After: %d\r\n\r\n{FULL}"
+)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, which alone would wait for the headers of a request for ever."""
+    """uvicorn's protocol, which alone would wait for ever for a request's headers, and make a task of each refusal."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -43,8 +50,28 @@ class Protocol(HttpToolsProtocol):
         self.headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.close)
 
     def on_headers_complete(self) -> None:
+        batches, before = self.app_state["batches"], self.cycle
+        plain = self.url == b"/classify" and not self.expect_100_continue
+        in_turn = before is None or before.response_complete  # on this connection: answers keep the order of requests
+        self.refused_s = batches.wait_s(1) if plain and in_turn else 0
+        if not self.refused_s:  # a refused body has no more time than its headers
+            self.headers_timeout.cancel()
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.refused_s:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.refused_s:
+            super().on_message_complete()
+            return
         self.headers_timeout.cancel()
-        super().on_headers_complete()
+        self.app_state["batches"].metrics.requests.labels("503").inc()
+        self.transport.write((REFUSAL % self.refused_s).encode())
+        if not self.parser.should_keep_alive():
+            self.transport.close()
+        self.on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.headers_timeout.cancel()
@@ -75,6 +102,7 @@ def main() -> None:
         # uvicorn raises the signal that stopped it once more at its end: to have been asked to stop is no failure.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     host, port = listening.getsockname()[:2]
+    gc.freeze()  # what is loaded stays: the collector need not look through it again and again
     print(f"Serving {arguments.artefact} on http://{f'[{host}]' if ':' in host else host}:{port}/classify", flush=True)
     server.run(sockets=[listening])
 
