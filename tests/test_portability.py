@@ -107,19 +107,20 @@ def node(tmp_path_factory):
 @pytest.mark.parametrize("model", [("bert", 9), ("roberta", 20)], ids="{0[0]}".format)
 def test_node_agrees_with_python(model, node, artefact_folder):
     folder = artefact_folder("onnx", *model)
-    result = node(folder)
+    result = node(folder, *TEXTS)
     assert result.returncode == 0, result.stderr
-    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == HEADLINES
-    check_results(result.stdout, folder, HEADLINES)
-    check_results(node(folder, *TEXTS).stdout, folder, TEXTS)
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == TEXTS
+    check_results(result.stdout, folder, TEXTS)
 
 
 def test_node_refuses_what_is_missing_or_edited(node, artefact_folder, tmp_path):
-    assert node(tmp_path / "nowhere").returncode == 2
+    assert node(tmp_path / "nowhere", "A headline").returncode == 2
+    nothing = node(artefact_folder("onnx"))
+    assert (nothing.returncode, len(nothing.stderr.splitlines())) == (2, 1)
     broken = shutil.copytree(artefact_folder("onnx"), tmp_path / "broken")
     with (broken / "tokenizer.json").open("a") as file:
         file.write(" ")
-    result = node(broken)
+    result = node(broken, "A headline")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "classify.js: tokenizer.json was edited: run python lab04-optimum.py\n"
 

@@ -76,8 +76,10 @@ def main() -> None:
             print(f"   {name}: {error}", file=sys.stderr)
             continue
         every = EVERY if name in EMULATED else 1
-        row = compare(ask(target, folder, texts[::every]), labels, expected[::every])
+        answers = ask(target, folder, texts[::every])
+        row = compare(answers, labels, expected[::every])
         seen[name] = {"title": title, "versions": target[-1], **row, "emulated": name in EMULATED}
+        seen[name] |= {fact: answers[0][fact] for fact in ("image_mb", "start_s") if fact in answers[0]}
         print(f"   {name}: {row['same']} of {row['headlines']} labels, {row['difference']:.1e}, {row['ms']:.1f} ms")
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         kept = {other: seen[other] for other in TARGETS if other in seen}

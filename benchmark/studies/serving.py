@@ -141,6 +141,7 @@ def installed(name: str) -> str | None:
 
 def measure_model(item: artefact.Artefact, seconds: float) -> dict:
     """The model alone, in one thread: ms for a headline from text to probabilities, and headlines/s in batches."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would be a second core, which the app does not take
     tokenise, backend, texts = artefact.Tokeniser(item), open_backend(item, 1), held_out_headlines()
 
     def call_ms(batch: list[str]) -> float:

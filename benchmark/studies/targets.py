@@ -305,6 +305,25 @@ def arm_sme(download: bool) -> Target:
     return arm(download, cpu="max")
 
 
+def container(download: bool) -> Target:
+    """The image, built and run without a registry; its base is Debian 12, which has Python 3.11."""
+
+    def fetch(folder: Path) -> None:
+        need("debootstrap")
+        base = folder / "base"
+        call("debootstrap", "--variant=minbase", "--include=python3,python3-venv", "bookworm", base)
+        call("chroot", base, "python3", "-m", "venv", "/usr/local")
+        for left in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists", "var/cache"):
+            shutil.rmtree(base / left)  # python:3.11-slim has none of them either
+
+    need("buildah", "bwrap")
+    if os.geteuid():
+        raise Missing("only root can unpack a system's packages and mount an image")
+    fetched("container", download, fetch)
+    buildah = call("buildah", "--version").split()[2]
+    return [sys.executable, "-m", "benchmark.studies.container"], {}, f"buildah {buildah}, Python 3.11"
+
+
 TARGETS: dict[str, tuple[str, Callable[[bool], Target]]] = {
     "csharp": ("C# (`csharp/`)", csharp),
     "cpp": ("C++ (`cpp/`)", cpp),
@@ -312,6 +331,7 @@ TARGETS: dict[str, tuple[str, Callable[[bool], Target]]] = {
     "browser": ("browser, wasm (`web/`)", browser),
     "transformers.js": ("transformers.js in Node", transformers_js),
     "optimum": ("Optimum's `pipeline`", optimum),
+    "container": ("the image of `container/`, over HTTP", container),
     "oldest": ("an old ONNX Runtime", oldest),
     "arm": ("ARM64 Neoverse N1, emulated", arm),
     "arm-sme": ("ARM64 with SME, emulated, without KleidiAI", arm_sme),

@@ -1,29 +1,20 @@
 // Classify headlines with the ONNX INT8 artefact, in Node: the folder a lab wrote is all it needs.
 //
 //     npm install --ignore-scripts        # onnxruntime-node's own install step would fetch a CUDA build
-//     node classify.js                    # the lab's three headlines, ../../quantised-model-optimum
-//     node classify.js FOLDER "Your headline" …
+//     node classify.js ../../quantised-model-optimum "Your headline" …
 //
 // Prints one JSON object a headline, in the form of `predict.py --json`. A folder built with `--recheck` has a second
 // graph, which decides where INT8's two best logits lie closer together than the manifest's threshold.
 
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
-import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
+import { join } from "node:path";
 import { Tokenizer } from "@huggingface/tokenizers";
 
 process.env.ORT_DISABLE_TELEMETRY ??= "1"; // read when ONNX Runtime is loaded, so it is imported after this line
 const { default: ort } = await import("onnxruntime-node");
 
-const HEADLINES = [
-  "Cybersecurity breach exposes NHS patient records",
-  "AI tutor program set to roll out in Scottish schools",
-  "Climate report warns UK cities face extreme flooding by 2030",
-];
-const HERE = dirname(fileURLToPath(import.meta.url));
-
-const [folder = join(HERE, "../../quantised-model-optimum"), ...given] = process.argv.slice(2);
+const [folder = "", ...headlines] = process.argv.slice(2);
 const readJson = (name) => JSON.parse(readFileSync(join(folder, name), "utf8"));
 
 function readManifest() {
@@ -71,12 +62,6 @@ async function open(file) {
   return async (ids) => (await session.run(feeds(session.inputNames, ids)))[session.outputNames[0]].data;
 }
 
-/** Best minus second logit. */
-function gap(logits) {
-  const [best, second] = Float32Array.from(logits).sort().reverse();
-  return best - second;
-}
-
 function softmax(logits) {
   const highest = Math.max(...logits);
   const exponentials = Array.from(logits, (logit) => Math.exp(logit - highest));
@@ -85,16 +70,18 @@ function softmax(logits) {
 }
 
 async function main() {
+  if (!headlines.length) throw new Error('say node classify.js FOLDER "Your headline"');
   const manifest = readManifest();
   const labels = Object.values(readJson("config.json").id2label); // integer keys: JavaScript keeps them in order
   const tokenise = openTokeniser(manifest);
   const run = await open(manifest.model_file);
   const recheck = manifest.recheck && { ...manifest.recheck, run: await open(manifest.recheck.graph) };
-  for (const text of given.length ? given : HEADLINES) {
+  for (const text of headlines) {
     const ids = tokenise(text);
     const started = performance.now();
     let logits = await run(ids);
-    const rechecked = recheck && gap(logits) < recheck.threshold;
+    const [best, second] = Float32Array.from(logits).sort().reverse();
+    const rechecked = recheck && best - second < recheck.threshold;
     if (rechecked) logits = await recheck.run(ids);
     const ms = performance.now() - started;
     const scores = softmax(logits);
