@@ -113,18 +113,7 @@ def best_rate(row: dict, threads: str) -> tuple[float, str]:
     return max(((rate, batch) for batch, rate in row["throughput"].get(threads, {}).items()), default=(0.0, ""))
 
 
-def million(measured: dict, _real: dict | None) -> str:
-    """What a million headlines cost: minutes of one core, at each one's best batch size."""
-    costs = []
-    for name in (*PLAIN, results.REFERENCE):
-        row = measured["backends"].get(name)
-        if row and (rate := best_rate(row, "1")[0]):
-            costs.append(f"{1e6 / rate / 60:.0f} with {row['name']} {row['precision']}")
-    return f"A million headlines cost, in minutes of one core of {processor(measured)}: {', '.join(costs)}."
-
-
 OF_A_MACHINE: dict[str, Callable[[dict, dict | None], str]] = {
     "six-rows": six_rows,
     "which-one": which_one,
-    "million": million,
 }

@@ -35,6 +35,19 @@ def families(measured: dict) -> str:
     return table(head, rows)
 
 
+def million(measured: dict) -> str:
+    """What a million headlines in a file cost (benchmark/studies/million.py)."""
+    minutes: dict[str, list[str]] = {}
+    for run in measured["runs"]:
+        minutes.setdefault(run["title"], []).append(f"{run['minutes_for_a_million']:.0f}")
+    taken = ", ".join(f"{' and '.join(times)} with {title}" for title, times in minutes.items())
+    cores, here = " and ".join(map(str, sorted({run["cores"] for run in measured["runs"]}))), measured["environment"]
+    return (
+        f"A million headlines in a file take `predict.py --csv`, in minutes on {cores} cores: {taken}. It was a file of "
+        f"{measured['settings']['headlines']:,}, on {here['cpu']} ({environment.strongest(here['isa'])})."
+    )
+
+
 def excerpt(measured: dict) -> str:
     """The first of the lab's headlines as `predict.py` prints it, of its first backend."""
     said = measured["predicted"]
@@ -149,6 +162,7 @@ OF_A_STUDY = {
     "static": static,
     "ablation": ablation,
     "families": families,
+    "million": million,
     "excerpt": excerpt,
     "python-versions": python_versions,
     "elsewhere": elsewhere,

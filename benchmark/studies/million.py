@@ -22,7 +22,7 @@ import psutil
 
 from benchmark import environment, results
 from benchmark.process import Process
-from benchmark.rows import ARTEFACTS
+from benchmark.rows import ARTEFACTS, VARIANTS
 from lab04 import ROOT, LabError, artefact, console, options
 from lab04.read.texts import held_out_headlines
 
@@ -34,7 +34,8 @@ def main() -> None:
         prog="python -m benchmark.studies.million", description=console.first_line(__doc__)
     )
     add = parser.add_argument
-    add("--artefacts", type=Path, nargs="+", default=list(ARTEFACTS[:2]), help="folders (default: both INT8 labs')")
+    engine = [folder for folder in VARIANTS if folder.name.endswith("this-cpu") and folder.exists()]
+    add("--artefacts", type=Path, nargs="+", default=[*engine, *ARTEFACTS[:2]], help="folders (default: INT8's)")
     add("--headlines", type=options.positive, default=1_000_000, help="of the file (default: %(default)s)")
     add("--batch", type=options.positive, default=256, help="headlines of one call (default: %(default)s)")
     add("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
