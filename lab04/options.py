@@ -36,7 +36,7 @@ def add_artefact(parser: argparse.ArgumentParser) -> None:
 
 def say_if_dynamic(item: Artefact) -> None:
     """Say on stderr that the neighbours of a batch change answers, where they do."""
-    if {"static", "this-cpu"}.isdisjoint(item.options):  # the engine's scales are constants too
+    if {"static", "this-cpu"}.isdisjoint(item.options):  # the engine has a scale for each token
         print(
             f"{item.title} is not static: an answer depends a little on what shares its batch. Build the other: "
             "python lab04-optimum.py --static --output quantised-model-optimum-static",

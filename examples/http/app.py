@@ -11,7 +11,8 @@ Requests are batched by what waits. When a thread of the model is free it takes 
 on an idle server that is one headline at once, under load a full batch, and nothing ever waits for a clock.
 
 Strangers share a batch here, and dynamic INT8 takes the scale of a layer's inputs from the whole batch: one client's
-headline could change another's label. Serve an artefact with constant scales (`--static`, `--this-cpu`).
+headline could change another's label. Serve an artefact whose scales are constant (`--static`) or each token's own
+(`--this-cpu`).
 """
 
 import asyncio
