@@ -44,7 +44,7 @@ def million(measured: dict) -> str:
     cores, here = " and ".join(map(str, sorted({run["cores"] for run in measured["runs"]}))), measured["environment"]
     return (
         f"A million headlines in a file take `predict.py --csv`, in minutes on {cores} cores: {taken}. The file had "
-        f"{measured['settings']['headlines']:,}, on {here['cpu']} ({environment.strongest(here['isa'])})."
+        f"{measured['headlines']:,}, on {here['cpu']} ({environment.strongest(here['isa'])})."
     )
 
 

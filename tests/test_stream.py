@@ -157,7 +157,7 @@ def test_the_study_of_a_large_file_counts_every_line(onnx, tmp_path, monkeypatch
     run = million.measure(onnx, tmp_path / "texts.txt", 1, settings)
     assert run["per_second"] == pytest.approx(500 / run["seconds"])
     assert run["minutes_for_a_million"] * 60 * 500 == pytest.approx(run["seconds"] * 1e6)
-    whole = {"runs": [run], "settings": {"headlines": 500}, "environment": environment.describe()}
+    whole = {"runs": [run], "headlines": 500, "environment": environment.describe()}
     assert f"{run['minutes_for_a_million']:.0f} with ONNX Quantised" in study_tables.million(whole)
     assert run["model_per_second"] > 0 and run["memory_mb"] > 20 and run["cores"] == 1
     lines = (tmp_path / "labelled.csv").read_text().splitlines(keepends=True)

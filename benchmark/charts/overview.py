@@ -74,7 +74,7 @@ def place_names(figure, axes, points: list[tuple], count: str) -> None:
     for x, y, row, _ in points:  # and the lines to the 95th percentiles
         ends = [axes.transData.transform((time, y)) for time in (x, row["latency"][count]["p95_ms"])]
         taken.append(Bbox([ends[0] - (0, 2), ends[1] + (0, 2)]))
-    spots = [(side, step) for step in range(9) for side in ("right", "left", "above", "below")]
+    spots = [(side, step) for step in range(16) for side in ("right", "left", "above", "below")]
     for x, y, row, ours in sorted(points, key=lambda point: not point[3]):
         disc, words = discs[id(row)], f"{title(row)}, {row['model_mb']:.0f} MB"
         for side, step in spots:

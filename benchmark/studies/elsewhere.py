@@ -78,8 +78,10 @@ def main() -> None:
         every = EVERY if name in EMULATED else 1
         answers = ask(target, folder, texts[::every])
         row = compare(answers, labels, expected[::every])
-        seen[name] = {"title": title, "versions": target[-1], **row, "emulated": name in EMULATED}
-        seen[name] |= {fact: answers[0][fact] for fact in ("image_mb", "start_s") if fact in answers[0]}
+        versions = target[-1]
+        if "image_mb" in answers[0]:
+            versions += f", {answers[0]['image_mb']:.0f} MB, ready in {answers[0]['start_s']:.1f} s"
+        seen[name] = {"title": title, "versions": versions, **row, "emulated": name in EMULATED}
         print(f"   {name}: {row['same']} of {row['headlines']} labels, {row['difference']:.1e}, {row['ms']:.1f} ms")
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         kept = {other: seen[other] for other in TARGETS if other in seen}

@@ -53,8 +53,8 @@ def main() -> None:
                 print(in_words(runs[-1]))
     output = arguments.output / environment.folder_name(here, "file")
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"headlines": arguments.headlines, "batch": arguments.batch}
-    measured = {"format": results.FORMAT, "environment": here, "settings": settings, "runs": runs}
+    measured = {"format": results.FORMAT, "environment": here, "headlines": arguments.headlines}
+    measured |= {"batch": arguments.batch, "runs": runs}
     results.save_json(output / results.RESULTS, measured)
     print(f"Wrote {output / results.RESULTS}")
 
