@@ -103,6 +103,13 @@ def test_fields_of_json_lines_may_vary_from_block_to_block(classify, tmp_path, m
     }
 
 
+def test_parquet_is_read_though_every_core_has_its_worker(classify, tmp_path, monkeypatch):
+    source, output = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    classify.pa.parquet.write_table(classify.pa.table({"text": [f"Headline {number}" for number in range(40)]}), source)
+    run(classify, monkeypatch, source, output)  # without --workers they are as many as cores
+    assert classify.pa.parquet.read_table(output).num_rows == 40
+
+
 def test_what_was_done_is_kept_when_a_job_ends_early(classify, tmp_path, capsys):
     class Fails:
         def iter_batches(self, **options):
