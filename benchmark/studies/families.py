@@ -2,7 +2,7 @@
 
 Each family gets a network in MiniLM's shape with random weights, for which no model hub is needed: speed depends on the
 shape alone. Its head is set so that labels differ from headline to headline. Both labs quantise it, and their own
-closing checks say the rest. Writes results/HARDWARE-families/results.json, which docs/measuring.md shows. 20 minutes.
+closing checks say the rest. Writes results/HARDWARE-families/results.json, which docs/measuring.md shows. Half an hour.
 """
 
 import argparse
@@ -57,13 +57,12 @@ def main() -> None:
 
     here = environment.describe()
     folder = arguments.output / environment.folder_name(here, "families")
-    rows = []
+    folder.mkdir(parents=True, exist_ok=True)
+    measured: dict = {"format": results.FORMAT, "environment": here, "families": []}
     for family in tqdm(arguments.families, "Families", disable=None):
         with tempfile.TemporaryDirectory() as scratch:
-            rows.append(measure(family, Path(scratch)))
-    measured = {"format": results.FORMAT, "environment": here, "families": rows}
-    folder.mkdir(parents=True, exist_ok=True)
-    results.save_json(folder / results.RESULTS, measured)
+            measured["families"].append(measure(family, Path(scratch)))
+        results.save_json(folder / results.RESULTS, measured)  # after each: they take half an hour
     print(study_tables.families(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
