@@ -12,6 +12,7 @@ from conftest import HEADLINES, ROOT
 from test_portability import BYTES, ONLY_AFTER, TEXTS, rechecked, with_tokeniser  # noqa: F401
 
 from benchmark.studies import elsewhere, targets
+from benchmark.studies.fetching import Missing
 from lab04 import artefact
 
 DIFFICULT = [*HEADLINES, *TEXTS, "ETL [SEP] 🙂👩‍🔬 [CLS]x", "naïve cafe\u0301 ﬁne", "the " * 300, "x" * 101]
@@ -26,7 +27,7 @@ def target():
     def find(name: str) -> targets.Target:
         try:
             return targets.TARGETS[name][1](False)
-        except targets.Missing as error:
+        except Missing as error:
             pytest.skip(str(error))
 
     return find

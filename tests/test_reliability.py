@@ -226,6 +226,19 @@ def build_in_fork(tmp_path_factory):
     return fork
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_an_artefact_may_read_all_its_files(umask, mode, tmp_path):
+    """safetensors writes files for their owner alone: a service under a user of its own could not open them."""
+    before = os.umask(umask)
+    try:
+        with building(tmp_path / "built") as folder:
+            (folder / "manifest.json").write_text("{}")
+            os.close(os.open(folder / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "built").iterdir()} == {mode}
+
+
 def copy_build(source: Path, output: Path, pause: float = 0) -> None:
     """Write an artefact's files as a lab does, but without computing them."""
     with building(output) as folder:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmark.studies.targets import CACHE, call
+from benchmark.studies.fetching import CACHE, call
 from lab04 import ROOT, LabError
 
 HERE = CACHE / "container"

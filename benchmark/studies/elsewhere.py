@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
-from benchmark.studies.targets import EMULATED, EVERY, QUIET, TARGETS, Missing, Target
+from benchmark.studies.fetching import Missing
+from benchmark.studies.targets import EMULATED, EVERY, QUIET, TARGETS, Target
 from lab04 import ROOT, LabError, artefact, console
 from lab04.read.texts import held_out_headlines
 from lab04.run import runtimes, scores

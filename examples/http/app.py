@@ -137,8 +137,12 @@ class Batches:
         self.metrics.model.observe(each * len(batch))
         for headline, row in zip(batch, rows, strict=True):
             self.metrics.queue.observe(started - headline.came)
-            if not headline.answer.done():  # else its client went away
-                (headline.answer.set_exception if isinstance(row, Exception) else headline.answer.set_result)(row)
+            if headline.answer.done():  # its client went away
+                continue
+            if isinstance(row, Exception):
+                headline.answer.set_exception(row)
+            else:
+                headline.answer.set_result(row)
 
     def close(self) -> None:
         """Let the threads answer what waits, and end."""

@@ -35,12 +35,21 @@ def building(output: Path | str, mark: str = MANIFEST) -> Iterator[Path]:
             yield temporary
             if interrupted.is_set():  # a library swallowed Ctrl-C
                 raise KeyboardInterrupt
+            let_read(temporary)
             with locked(output.parent):
                 replace(output, temporary, mark)
     except OSError as error:
         raise LabError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def let_read(folder: Path) -> None:
+    """Let whoever may read a folder read its files too: safetensors writes them for their owner alone."""
+    readers = folder.stat().st_mode & 0o444
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(path.stat().st_mode | readers)
 
 
 def check_output(output: Path, mark: str = MANIFEST) -> None:
