@@ -8,10 +8,10 @@ import torch
 import transformers
 from conftest import POSITIONS, ROOT, small_tokenizer
 
-from benchmark.studies.families import FAMILIES
+from benchmark.studies.families import FAMILIES, describe
 from lab04 import LabError
 from lab04.quantise import onnx_graph
-from lab04.read import classifier, model_checks
+from lab04.read import classifier, config_keys, model_checks
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
 SMALL |= {"max_position_embeddings": POSITIONS}
@@ -41,6 +41,13 @@ def test_readme_names_the_families_that_are_measured():
     [named] = re.findall(r"Both INT8 labs serve ([^:]+): \[", (ROOT / "README.md").read_text("utf-8"))
     named = re.split(", | and ", named)
     assert [re.sub(r"\W|_", "", name.lower()) for name in named] == [re.sub(r"\W|_", "", name) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_study_asks_of_a_family_only_what_it_knows(family):
+    """A setting too many and the labs refuse the network: its row would be one of a refusal."""
+    config = describe(family, small_tokenizer("bert"))
+    config_keys.check_keys(config.to_dict(), config, family)
 
 
 @pytest.mark.parametrize(

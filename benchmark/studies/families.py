@@ -24,7 +24,7 @@ DEBERTA_V3 = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_b
 ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
 FAMILIES: dict[str, dict] = {
     "bert": {},
-    "distilbert": {"hidden_dim": 1536},
+    "distilbert": {"hidden_dim": 1536, "intermediate_size": None},  # None: it knows no such setting
     "electra": {"embedding_size": 128},
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
@@ -50,7 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.studies.families", description=console.first_line(__doc__)
     )
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    given = "these alone, beside what was measured of the others (default: all)"
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help=given)
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
     arguments = parser.parse_args()
     from tqdm import tqdm
@@ -58,11 +59,14 @@ def main() -> None:
     here = environment.describe()
     folder = arguments.output / environment.folder_name(here, "families")
     folder.mkdir(parents=True, exist_ok=True)
-    measured: dict = {"format": results.FORMAT, "environment": here, "families": []}
+    written = folder / results.RESULTS
+    rows = {row["family"]: row for row in (results.load(folder)["families"] if written.exists() else ())}
     for family in tqdm(arguments.families, "Families", disable=None):
         with tempfile.TemporaryDirectory() as scratch:
-            measured["families"].append(measure(family, Path(scratch)))
-        results.save_json(folder / results.RESULTS, measured)  # after each: they take half an hour
+            rows[family] = measure(family, Path(scratch))
+        kept = [rows[name] for name in FAMILIES if name in rows]
+        measured = {"format": results.FORMAT, "environment": here, "families": kept}
+        results.save_json(written, measured)  # after each: they take half an hour
     print(study_tables.families(measured))
     print(f"Wrote {folder}")
     console.suggest("make readme")
@@ -89,12 +93,8 @@ def build(family: str, folder: Path) -> float:
 
     base = model_files.find_base(model_files.DEFAULT_BASE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        family, vocab_size=len(tokenizer), **MINILM | names | tokens | FAMILIES[family]
-    )
+    config = describe(family, tokenizer)
     network = transformers.AutoModelForSequenceClassification.from_config(config)
     known = [name for name in tokenizer.model_input_names if name in inspect.signature(network.forward).parameters]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_input_names=known)
@@ -102,6 +102,16 @@ def build(family: str, folder: Path) -> float:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return round(network.num_parameters() / 1e6, 1)
+
+
+def describe(family: str, tokenizer):
+    """The `transformers` configuration of a family in MiniLM's shape, for a tokeniser and nine labels."""
+    import transformers
+
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    shape = {name: value for name, value in (MINILM | FAMILIES[family]).items() if value is not None}
+    return transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **names, **tokens, **shape)
 
 
 def decide_labels(network, tokenizer, texts: list[str], max_length: int) -> None:
