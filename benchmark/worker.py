@@ -47,7 +47,8 @@ class Worker:
         started = time.perf_counter()
         built = artefact.load(folder if runner in ("artefact", "graph") else reference)
         if runner == "artefact":
-            libraries, make = RUNTIMES[built.backend], lambda: runtimes.open_backend(built, threads)
+            needed = () if "this-cpu" in built.options else RUNTIMES[built.backend]  # the engine loads no library
+            libraries, make = needed, lambda: runtimes.open_backend(built, threads)
         elif runner == "graph":
             libraries, make = RUNTIMES["onnxruntime"], lambda: runtimes.open_fp16_check(built, threads)
         else:

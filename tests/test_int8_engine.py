@@ -13,6 +13,7 @@ from conftest import ROOT, run_in_process, training_texts, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmark.studies import ideas
 from lab04 import LabError, artefact
 from lab04.quantise import preparation, this_cpu
 from lab04.read import classifier
@@ -156,9 +157,39 @@ tokenise = artefact.Tokeniser(built)
 with runtimes.open_runtime(built, 1) as backend:
     print(backend.logits(tokenise(["A headline", ""])).shape)
 print([name for name in ("torch", "onnxruntime", "transformers") if name in sys.modules])
+from benchmark.worker import Worker
+Worker().open("artefact", {str(built.folder)!r}, "", 1)  # ONNX Runtime rechecks
+print([name for name in ("torch", "onnxruntime", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "(2, 9)\n[]\n", done.stderr
+    assert done.stdout == "(2, 9)\n[]\n['onnxruntime']\n", done.stderr
+
+
+@pytest.mark.parametrize("changes", [*ideas.WITHOUT.values(), ideas.ONE_SCALE], ids=[*ideas.WITHOUT, "one scale"])
+def test_each_idea_can_be_switched_off(changes, tmp_path):
+    """The study's changes still fit the C++ file; that answers stay the same it looks at itself."""
+    (tmp_path / "changed.cpp").write_text(ideas.changed(changes))
+    command = [this_cpu.COMPILER, *this_cpu.FLAGS, "-Wall", "-Werror", "-fsyntax-only", tmp_path / "changed.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_ideas_are_raced_in_turn(library, tmp_path):
+    weights = write_random(tmp_path / "weights", positions=40)
+    whole, same = Engine(library(), weights), Engine(library(), weights)
+    other = Engine(library(), write_random(tmp_path / "other", seed=1))
+    random = np.random.default_rng(0)
+    tokens = [
+        {"input_ids": random.integers(0, 50, (1, n)), "attention_mask": np.ones((1, n), int)} for n in range(2, 26)
+    ]
+    rows = {row["idea"]: row["without"] for row in ideas.race(whole, {"nothing": same}, tokens)}
+    assert rows["nothing"].keys() == {"1", "6"} and rows[ideas.PADDING]["1"] is None
+    assert rows[ideas.PADDING]["6"] > 0
+    joined = ideas.joined(tokens[:3], padded=False)
+    assert np.array_equal(whole.logits(joined), np.concatenate([whole.logits(one) for one in tokens[:3]]))
+    assert ideas.joined(tokens[:3], padded=True)["attention_mask"].all()
+    with pytest.raises(LabError, match="without 'another' logits move"):
+        ideas.check_same(whole, {"another": other}, joined)
 
 
 def test_sanitisers_find_nothing(library, tmp_path):
