@@ -43,8 +43,9 @@ bench-bert-base: .venv/installed-bench ## size and speed of the original lab's B
 	$(RUN) -m benchmark --model models/bert-base --random-weights --tag bert-base \
 		--artefacts $(BERT_BASE)-torch $(BERT_BASE)-optimum $(BERT_BASE)-tensorrt
 
-bench-steps: .venv/installed-bench ## what each step of the INT8 preparation is worth
+bench-steps: .venv/installed-bench ## what each step of the INT8 preparation, and each idea of the engine, is worth
 	$(RUN) -m benchmark.studies.steps
+	$(RUN) -m benchmark.studies.ideas
 
 bench-families: .venv/installed-bench ## which families of networks the INT8 labs serve, how fast and how faithfully
 	$(RUN) -m benchmark.studies.families

@@ -5,7 +5,7 @@ from benchmark.markdown import NOT_MEASURED, figure, ratio, table
 
 
 def ablation(measured: dict) -> str:
-    """What each step of the INT8 preparation is worth (benchmark/steps.py)."""
+    """What each step of the INT8 preparation is worth (benchmark/studies/steps.py)."""
     rows = [
         [row["step"], f"{100 * row['error']:.1f}", str(row["changed"]), f"{row['speed']:.2f}×"]
         for row in measured["steps"]
@@ -21,7 +21,7 @@ def ideas(measured: dict) -> str:
 
 
 def families(measured: dict) -> str:
-    """Which families of networks both INT8 labs served, and how (benchmark/families.py)."""
+    """Which families of networks both INT8 labs served, and how (benchmark/studies/families.py)."""
     rows = []
     for row in measured["families"]:
         served = [row[name] for name in ("torch", "onnxruntime")]

@@ -45,14 +45,12 @@ def build(network, folder: Path) -> dict:
     return {"compiled_for": engine | {"flags": int8_engine.processor_flags()}}
 
 
-def compile_engine(library: Path, *options: str) -> None:
+def compile_engine(library: Path, *options: str, source: Path = int8_engine.SOURCE) -> None:
     """Compile the engine for this processor; `options` are further ones of g++. Raises LabError with its first line."""
-    done = subprocess.run(
-        [COMPILER, *FLAGS, *options, str(int8_engine.SOURCE), "-o", str(library)], capture_output=True, text=True
-    )
+    done = subprocess.run([COMPILER, *FLAGS, *options, str(source), "-o", str(library)], capture_output=True, text=True)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-        raise LabError(f"g++ cannot compile {int8_engine.SOURCE.name}: {said}")
+        raise LabError(f"g++ cannot compile {source.name}: {said}")
 
 
 def write_weights(network, file: Path) -> None:
