@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.floor:
         folders = arguments.artefacts or [path for path in (*CPU_ARTEFACTS, *VARIANTS) if path.exists()]
         texts = [row.text for row in headlines.read(arguments.data, **headlines.options(arguments))]
-        floor.run(folders, texts, arguments.output)
+        floor.run(folders, texts, arguments.output, arguments.tag)
         return
     if arguments.redraw:
         if (arguments.redraw / journal.FILE).exists():

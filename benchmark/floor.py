@@ -1,7 +1,8 @@
 """The floor of this core, and each back end's share of it: `python -m benchmark --floor`.
 
 No INT8 network can be quicker than its multiply-adds at the core's measured peak, nor than reading its weights once.
-Writes results/HARDWARE-floor/results.json. One thread, one headline at a time, by the process's own CPU time.
+Writes results/HARDWARE-floor/results.json; another model's goes into a folder of its own with --tag NAME. One thread,
+one headline at a time, by the process's own CPU time.
 """
 
 import json
@@ -15,6 +16,7 @@ from statistics import median
 from tabulate import tabulate
 
 from benchmark import environment, results
+from benchmark.results import FLOOR
 from lab04 import LabError, artefact
 from lab04.artefact import contract
 from lab04.quantise import this_cpu
@@ -24,7 +26,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 ROUNDS, BLOCK = 60, 20  # blocks of headlines of every back end, in random order, each after a warm-up
 
 
-def run(artefacts: list[Path], texts: list[str], output: Path) -> None:
+def run(artefacts: list[Path], texts: list[str], output: Path, tag: str = "") -> None:
     """Measure the core and CPU artefact folders of one model on texts; print, and write the results folder."""
     here = environment.describe()
     built = [artefact.load(path) for path in artefacts]
@@ -38,6 +40,7 @@ def run(artefacts: list[Path], texts: list[str], output: Path) -> None:
         "format": results.FORMAT,
         "environment": here,
         "core": core,
+        "weights_sha256": built[0].manifest["weights_sha256"],
         "headlines": len(texts),
         "mean_tokens": sum(counts) / len(counts),
         "multiply_adds": work,
@@ -59,7 +62,7 @@ def run(artefacts: list[Path], texts: list[str], output: Path) -> None:
     rows = [["floor of this core", floor_ms, 1.0]]
     rows += [[item["title"], item["cpu_ms"], item["share_of_floor"]] for item in measured["backends"].values()]
     print(tabulate(rows, headers=["", "ms a headline", "share of the floor"], floatfmt=("", ".2f", ".0%")))
-    folder = output / environment.folder_name(here, "floor")
+    folder = output / environment.folder_name(here, f"{FLOOR} {tag}".strip())
     folder.mkdir(parents=True, exist_ok=True)
     results.save_json(folder / results.RESULTS, measured)
     print(f"\nWrote {folder / results.RESULTS}")

@@ -19,7 +19,7 @@ from lab04.run.scores import gaps, softmax
 TIMES = ("mean_ms", *(f"p{percentile}_ms" for percentile in measures.PERCENTILES), "min_ms")
 
 FORMAT = 1
-RESULTS, CHANGED = "results.json", "changed.csv"
+RESULTS, CHANGED, FLOOR = "results.json", "changed.csv", "floor"  # FLOOR: in the name of a folder
 GAP_BINS = 60
 REFERENCE = "fp32-torch"  # every speed-up and every agreement is against this row
 
@@ -157,7 +157,7 @@ def write_changed(folder: Path, rows: list[dict]) -> None:
 
 
 def load(folder: Path) -> dict:
-    """results.json of a folder, with `floor_ms` if the floor of its machine was measured (benchmark/floor.py).
+    """results.json of a folder, with `floor_ms` if that of its machine and weights was measured (benchmark/floor.py).
 
     Raises LabError if it is missing or of another format.
     """
@@ -167,10 +167,11 @@ def load(folder: Path) -> dict:
             raise ValueError(f"format {results['format']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"no readable {folder / RESULTS} ({error}): run python -m benchmark") from error
-    machine = results.get("environment")
-    floor = machine and folder.parent / environment.folder_name(machine, "floor") / RESULTS
-    if floor and floor.exists():
-        results["floor_ms"] = json.loads(floor.read_text(encoding="utf-8"))["floor_ms"]
+    if (machine := results.get("environment")) and "settings" in results:
+        for path in folder.parent.glob(f"{environment.folder_name(machine, FLOOR)}*/{RESULTS}"):
+            floor = json.loads(path.read_text(encoding="utf-8"))
+            if floor["weights_sha256"] == results["settings"]["weights_sha256"]:
+                results["floor_ms"] = floor["floor_ms"]
     return results
 
 

@@ -168,7 +168,10 @@ def test_columns_of_what_was_not_measured_are_left_out(machine, tmp_path):
     results.save_json(folder / results.RESULTS, measured)
     floor = tmp_path / environment.folder_name(measured["environment"], "floor")
     floor.mkdir()
-    results.save_json(floor / results.RESULTS, {"floor_ms": 0.7})
+    results.save_json(floor / results.RESULTS, {"floor_ms": 0.7, "weights_sha256": "another model's"})
+    assert "floor" not in block(f"{folder.name}/six-rows", tmp_path)
+    weights = measured["settings"]["weights_sha256"]
+    results.save_json(floor / results.RESULTS, {"floor_ms": 0.7, "weights_sha256": weights})
     table = block(f"{folder.name}/six-rows", tmp_path)
     assert "of the floor" in table and "changed by a batch" in table
     [line] = [line for line in table.splitlines() if line.startswith("| ONNX Quantised")]
