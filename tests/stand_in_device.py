@@ -12,6 +12,7 @@ import json
 import random
 import struct
 import sys
+import threading
 import time
 import types
 from dataclasses import dataclass, field
@@ -38,12 +39,17 @@ class Machine:
     input_order: tuple[str, ...] = ()  # the order in which engines list their inputs; the graph's if empty
     memory: dict[int, bytearray] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
-    current: list = field(default_factory=list)  # the stack of CUDA contexts
+    threads: threading.local = field(default_factory=threading.local)
     retained: int = 0
     builds: int = 0
     cache_hits: int = 0
     launches: list[tuple[int, int]] = field(default_factory=list)
     streams: dict = field(default_factory=dict)
+
+    @property
+    def current(self) -> list:
+        """The stack of CUDA contexts of the thread that asks, as PyCUDA keeps one for each."""
+        return vars(self.threads).setdefault("contexts", [])
 
     def everything_freed(self) -> bool:
         return not (self.memory or self.pinned or self.current or self.retained)

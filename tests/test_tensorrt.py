@@ -16,10 +16,11 @@ from lab04 import LabError, artefact, console
 from lab04.artefact import contract, sealing
 from lab04.compare import closing_check, consistency
 from lab04.quantise import onnx_graph, tensorrt_build
-from lab04.read import classifier
+from lab04.read import classifier, headlines
 from lab04.read.texts import held_out_headlines
-from lab04.run import runtimes, tensorrt_engine
+from lab04.run import runtimes, stream, tensorrt_engine
 from lab04.run.backend import Unavailable
+from lab04.run.scores import softmax
 
 SCRIPT = "lab04-nvidia.py"
 SOURCES = list((ROOT / "lab04").glob("*/tensorrt_*.py"))
@@ -263,6 +264,18 @@ def test_a_failing_launch_leaves_no_context_behind(engine_folder, device):
         assert device.current == [outer]
     outer.pop()
     outer.detach()
+
+
+def test_a_file_runs_in_batches_in_a_thread_of_its_own(engine_folder, fp32, device):
+    """`predict.py --csv --backends tensorrt` opens the engine in one thread and calls it in another."""
+    built, texts = artefact.load(engine_folder), held_out_headlines()[:50]
+    rows = [headlines.Row(number, text) for number, text in enumerate(texts, start=1)]
+    with runtimes.open_backend(built) as backend:
+        found = list(stream.answers(rows, artefact.Tokeniser(built), backend, 20))
+        assert not device.current
+    assert [answer.row for answer in found] == rows
+    assert [rows for rows, _ in device.launches[-3:]] == [20, 20, 10]
+    assert np.abs(np.stack([answer.probabilities for answer in found]) - softmax(fp32.logits(texts))).max() < 0.01
 
 
 def test_closing_twice_or_not_at_all_frees_everything(engine_folder, device):

@@ -19,7 +19,8 @@ REBUILD = "run python lab04-nvidia.py"
 
 
 class TensorRTBackend(Backend):
-    """A TensorRT engine on the first CUDA device. Open, use and close it in one thread: CUDA contexts are per thread.
+    """A TensorRT engine on the first CUDA device. Open and close it in one thread; a call, one at a time, may come from
+    any, as it makes the context current for its own.
 
     After each call `compute_ms` is the GPU time of the network alone (CUDA events) and `end_to_end_ms` the time of the
     whole call with its copies. Replaying a CUDA graph per shape is left out: whether it pays was never measured.
