@@ -147,6 +147,22 @@ def test_the_lab_makes_an_artefact_that_answers_the_same_in_every_batch(built, m
     assert (rechecked.argmax(1) == reference[:48].argmax(1)).all()
 
 
+@given(
+    st.lists(st.integers(1, 24), min_size=1, max_size=200) | st.lists(st.integers(1, 130), min_size=1),
+    st.integers(1, 8),
+)
+def test_a_batch_is_cut_so_that_no_thread_waits_for_long(lengths, threads):
+    lengths = np.array(lengths)
+    parts = int8_engine.in_parts(lengths, threads)
+    assert [place for part in parts for place in range(len(lengths))[part]] == list(range(len(lengths)))
+    tokens = [lengths[part].sum() for part in parts]
+    assert all(
+        part.stop - part.start == 1 or held <= int8_engine.PART for part, held in zip(parts, tokens, strict=True)
+    )
+    if lengths.max() <= 24 and lengths.sum() > 2 * int8_engine.PART * threads:
+        assert len(parts) % threads == 0, "a thread would wait while others run the last parts"
+
+
 def test_nothing_heavy_is_loaded_to_run_it(built):
     code = f"""
 import sys

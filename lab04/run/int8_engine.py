@@ -184,14 +184,19 @@ class Int8EngineBackend(Backend):
 
 
 def in_parts(lengths: np.ndarray, threads: int) -> list[slice]:
-    """Cut a batch into parts of at most PART tokens, or one text, and into as many as there are threads."""
-    most = min(PART, -(-int(lengths.sum()) // threads))
-    parts, start, held = [], 0, 0
+    """Cut a batch into parts of at most PART tokens, or one text: as many for each thread, and about even."""
+    total = int(lengths.sum())
+    usual = max(PART - int(lengths.max()), PART // 2)  # a part may be a text longer than its share
+    rounds = -(-total // (usual * threads))
+    share = total / (rounds * threads)
+    parts, start, held, seen = [], 0, 0, 0
     for index, length in enumerate(lengths.tolist()):
-        if held and held + length > most:
+        full = held + length > PART or seen + length / 2 > share * (len(parts) + 1)
+        if held and full:
             parts.append(slice(start, index))
             start, held = index, 0
         held += length
+        seen += length
     return [*parts, slice(start, len(lengths))]
 
 
