@@ -187,9 +187,10 @@ def in_parts(lengths: np.ndarray, threads: int) -> list[slice]:
     """Cut a batch into parts of at most PART tokens, or one text: as many for each thread, and about even."""
     total = int(lengths.sum())
     usual = max(PART - int(lengths.max()), PART // 2)  # a part may be a text longer than its share
-    rounds = -(-total // (usual * threads))
+    rounds = max(1, -(-total // (usual * threads)))
     share = total / (rounds * threads)
-    parts, start, held, seen = [], 0, 0, 0
+    parts: list[slice] = []
+    start = held = seen = 0
     for index, length in enumerate(lengths.tolist()):
         full = held + length > PART or seen + length / 2 > share * (len(parts) + 1)
         if held and full:
