@@ -39,7 +39,7 @@ class Machine:
     input_order: tuple[str, ...] = ()  # the order in which engines list their inputs; the graph's if empty
     memory: dict[int, bytearray] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
-    threads: threading.local = field(default_factory=threading.local)
+    stacks: threading.local = field(default_factory=threading.local)
     retained: int = 0
     builds: int = 0
     cache_hits: int = 0
@@ -49,7 +49,7 @@ class Machine:
     @property
     def current(self) -> list:
         """The stack of CUDA contexts of the thread that asks, as PyCUDA keeps one for each."""
-        return vars(self.threads).setdefault("contexts", [])
+        return vars(self.stacks).setdefault("contexts", [])
 
     def everything_freed(self) -> bool:
         return not (self.memory or self.pinned or self.current or self.retained)

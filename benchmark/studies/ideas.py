@@ -1,4 +1,4 @@
-"""What each idea of the INT8 engine is worth: `python -m benchmark.studies.ideas`, three minutes on a quiet machine.
+"""What each idea of the INT8 engine is worth: `python -m benchmark.studies.ideas`, a minute on a quiet machine.
 
 Compiles copies of lab04/run/int8_engine.cpp in each of which one idea is switched off, and runs the same headlines
 through all of them in turn, in one process with one thread. Writes results/HARDWARE-engine/results.json; docs/int8.md
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import environment, results
-from lab04 import ROOT, LabError, artefact, console, options
+from lab04 import ROOT, LabError, artefact, console
 from lab04.quantise import preparation, this_cpu
 from lab04.read import classifier, headlines
 from lab04.read.texts import TEST_HEADLINES
@@ -94,7 +94,6 @@ ONE_SCALE = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmark.studies.ideas", description=console.first_line(__doc__))
-    options.add_model_options(parser)
     parser.add_argument("--data", type=Path, default=TEST_HEADLINES, help="headlines (default: test.csv)")
     headlines.add_options(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="results folder (default: results)")
@@ -102,7 +101,7 @@ def main() -> None:
 
     this_cpu.check_here()
     here = environment.describe()
-    fp32 = classifier.load(arguments.model, arguments.labels)
+    fp32 = classifier.load()
     texts = [row.text for row in headlines.read(arguments.data, **headlines.options(arguments))]
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "weights.safetensors"
